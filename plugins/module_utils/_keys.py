@@ -67,8 +67,8 @@ def decode_private_key(content, path):
     """The bytes of a key file -> bytearray of 32 bytes; ``path`` is for the message.
 
     As strict as wg(8) reading a key file (wireguard-tools, src/config.c, parse_keyfile, and src/encoding.c, key_from_base64): 44
-    characters, canonical padding, and after them nothing but white space. An unclamped key is accepted: kernel and tools clamp it themselves, the
-    public key is the same.
+    characters, canonical padding, and after them nothing but white space. An unclamped key is accepted: kernel and tools clamp it
+    themselves, the public key is the same.
     """
     text = bytes(content).rstrip()
     if not text:

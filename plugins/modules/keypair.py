@@ -13,9 +13,9 @@ short_description: Keep the WireGuard key pair of a node
 version_added: 0.1.0
 description:
   - Makes an X25519 private key on the node, in a file that only root can read, and returns the public key.
-  - The private key never leaves the node. It is in no result, diff, log or process argument, and there is no option that takes or returns it.
-  - A key that is there is kept. A file that is not a sound private key is never overwritten, whatever the options. The module fails and says
-    what is wrong with it and what can be done.
+  - The private key never leaves the node. It is in no result, diff, log or process argument, and no option takes or returns it.
+  - A key that is there is kept. A file that is not a sound private key is never overwritten, whatever the options. The module fails and
+    says what is wrong with it and what can be done.
   - Two runs at the same time end with one key, and both return it.
 extends_documentation_fragment:
   - kubemesh.wireguard._attributes
@@ -39,15 +39,16 @@ options:
     description:
       - The file of the private key. It holds what C(wg genkey) prints, and is made with mode 0600 for the user that the task runs as, which
         should be root.
-      - Directories that are missing are made with mode 0700. A directory that others may write in is refused, as they could replace the key.
+      - Directories that are missing are made with mode 0700. A directory that others may write in is refused, as they could replace the
+        key.
       - A file that others may read is closed to them, with a warning, as they may know the key.
     type: path
     default: /etc/wireguard/wgmesh0.key
   state:
     description:
       - V(present) makes the key if it is missing.
-      - V(absent) overwrites the file, then removes it. Copies that a journal, a copy-on-write file system, an SSD, a snapshot or a backup made
-        are out of reach.
+      - V(absent) overwrites the file, then removes it. Copies that a journal, a copy-on-write file system, an SSD, a snapshot or a backup
+        made are out of reach.
     type: str
     choices:
       - present
@@ -56,8 +57,8 @@ options:
   regenerate:
     description:
       - V(never) makes a key only where there is none.
-      - V(always) makes a new key in any case and overwrites the old one. Peers that only know the old public key no longer reach the node;
-        use the playbook P(kubemesh.wireguard.rotate_keys#playbook) to change the keys of a mesh without losing a packet.
+      - V(always) makes a new key in any case and overwrites the old one. Peers that only know the old public key no longer reach the
+        node; use the playbook P(kubemesh.wireguard.rotate_keys#playbook) to change the keys of a mesh without losing a packet.
     type: str
     choices:
       - never

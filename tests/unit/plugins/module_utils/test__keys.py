@@ -222,7 +222,7 @@ def test_killed_between_link_and_unlink(path, monkeypatch):
 
 
 def test_remove_overwrites_first(path):
-    dummy, content = sound()
+    content = sound()[1]
     put(path, content)
     with open(path, "rb") as old:
         assert _keys.remove(path)
@@ -336,7 +336,7 @@ def test_directory_that_others_may_write_in(path, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_key_of_another_user(path, tmp_path):
-    dummy, content = sound()
+    content = sound()[1]
     put(path, content)
     os.chown(path, 12345, -1)
     with pytest.raises(MeshError, match="user id 12345"):
@@ -349,7 +349,7 @@ def test_key_of_another_user(path, tmp_path):
 
 @pytest.mark.parametrize("mode,loose", [(0o600, False), (0o400, False), (0o640, True), (0o604, True), (0o700, True), (0o666, True)])
 def test_loose_modes(path, mode, loose):
-    dummy, content = sound()
+    content = sound()[1]
     put(path, content, mode)
     found = _keys.inspect(path)
     assert (found["loose"], found["mode"]) == (loose, mode)
@@ -358,7 +358,7 @@ def test_loose_modes(path, mode, loose):
 
 
 def test_age_is_never_negative(path):
-    dummy, content = sound()
+    content = sound()[1]
     put(path, content)
     os.utime(path, (0, os.stat(path).st_mtime - 3600))
     assert 3600 <= _keys.inspect(path)["age"] < 3700
