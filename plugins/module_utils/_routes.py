@@ -1,0 +1,152 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+
+"""Reads and programs the mesh's routing tables and rules, by iproute2; decisions are in `_routes_plan`."""
+
+from __future__ import annotations
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_text
+
+ROUTES_UNIT = "kubemesh-routes.service"
+ROUTES_UNIT_FILE = "/etc/systemd/system/" + ROUTES_UNIT
+ROUTES_FILES = {"ipv4": "/etc/kubemesh/routes-ipv4.batch", "ipv6": "/etc/kubemesh/routes-ipv6.batch"}
+RESTORE_SCRIPT = "/etc/kubemesh/restore-routes"
+RULES_FILES = {"ipv4": "/etc/kubemesh/rules-ipv4.batch", "ipv6": "/etc/kubemesh/rules-ipv6.batch"}
+
+# Everything that starts pods, in the distributions that name it differently. A unit that does not exist is no obstacle.
+POD_STARTERS = (
+    "kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service "
+    "k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service"
+)
+
+
+def read_state(system, table):
+    """Live state of tables ``table`` and ``table`` + 1 and of the rules that point to them; foreign rules are left out."""
+    routes, rules = [], []
+    for family in FAMILIES:
+        for number in (table, table + 1):
+            for item in system.ip_json(
+                    [FAMILY_OPTION[family], "route", "show", "table", str(number)], missing=("table does not exist", "Dump terminated")):
+                routes.append(plan.route_from_ip(item, family, number))
+        for item in system.ip_json([FAMILY_OPTION[family], "rule", "show"], missing=("not supported",)):
+            rule = plan.rule_from_ip(item, family)
+            if rule is not None and rule["table"] in (table, table + 1) and not rule.pop("foreign"):
+                rules.append(rule)
+    return {"routes": sorted(routes, key=plan.route_order), "rules": sorted(rules, key=plan.rule_order)}
+
+
+def stored_routes():
+    """The routes of the files that restore them at boot, with their peers' names."""
+    routes = []
+    for family, path in ROUTES_FILES.items():
+        routes += plan.routes_of_batch(read_text(path) or "", family)
+    return routes
+
+
+def apply_steps(system, steps):
+    """Carry out steps in their order; runs of route steps of one family go in one batch, each rule is a command of its own."""
+    batch, family = [], None
+    for step in steps + [None]:
+        if step is not None and "route" in step and (family in (None, step["route"]["family"])):
+            family = step["route"]["family"]
+            batch.append("route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])))
+            continue
+        system.ip_batch(family or "ipv4", batch)
+        batch, family = [], None
+        if step is None:
+            return
+        if "route" in step:
+            family = step["route"]["family"]
+            batch.append("route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])))
+        else:
+            rule = step["rule"]
+            system.run(["ip", FAMILY_OPTION[rule["family"]], "rule", "add" if step["op"] == "add_rule" else "del"] + plan.rule_text(rule).split())
+
+
+def wanted_files(state, interface, sysctl_file):
+    """Files that bring a state back at boot: {path: (text or None, mode)}; all absent for an empty state."""
+    if not state["routes"] and not state["rules"]:
+        paths = [ROUTES_UNIT_FILE, RESTORE_SCRIPT] + list(ROUTES_FILES.values()) + list(RULES_FILES.values())
+        return {path: (None, 0o644) for path in paths}
+    wanted = {
+        ROUTES_UNIT_FILE: (unit_text(interface), 0o644),
+        RESTORE_SCRIPT: (script_text(state, interface, sysctl_file), 0o755),
+    }
+    for family in FAMILIES:
+        wanted[ROUTES_FILES[family]] = (plan.batch_text(state, family), 0o644)
+        wanted[RULES_FILES[family]] = (plan.rules_text(state, family), 0o644)
+    return wanted
+
+
+def unit_text(interface):
+    """The unit that fills the tables and adds the rules at boot, after the device and before pods start."""
+    return """\
+# Written by kubemesh.wireguard. Changes made here are lost.
+[Unit]
+Description=Routes and rules of the WireGuard mesh
+Documentation=man:ip-route(8) man:ip-rule(8)
+After=network.target systemd-networkd.service wg-quick@{interface}.service kubemesh-device@{interface}.service
+Before={pod_starters}
+ConditionPathExists={script}
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+# More than the script waits for the device.
+TimeoutStartSec=150
+ExecStart=/bin/sh {script}
+# Nothing on stop: the mesh outlives its manager.
+
+[Install]
+WantedBy=multi-user.target
+""".format(interface=interface, pod_starters=POD_STARTERS, script=RESTORE_SCRIPT)
+
+
+def script_text(state, interface, sysctl_file):
+    """What that unit runs.
+
+    The device may be the work of wg-quick, of networkd or of our own unit: what counts is that it is up with the addresses that the
+    routes name, so that is what is waited for. Rules come after routes: if the routes fail, no rule sends anything into an empty table.
+    """
+    sources = sorted({route["src"] for route in state["routes"] if route["src"]})
+    return """\
+#!/bin/sh
+# Written by kubemesh.wireguard; run by {unit} at boot. Changes made here are lost.
+set -eu
+
+device_ready() {{
+    addresses=$(ip -o addr show dev {interface} up 2>/dev/null) || return 1
+    [ -n "$addresses" ] || return 1
+    for source in {sources}; do
+        case "$addresses" in *" $source/"*) ;; *) return 1 ;; esac
+    done
+}}
+
+# 600 times 0.2 s: a device that takes longer will not come, and pods must not wait for ever.
+tries=600
+until device_ready; do
+    tries=$((tries - 1))
+    if [ "$tries" -le 0 ]; then
+        echo "{interface} is not up with {sources}: no routes and no rules are set, traffic takes the way of the CNI" >&2
+        exit 1
+    fi
+    sleep 0.2
+done
+
+for tool in /usr/lib/systemd/systemd-sysctl /lib/systemd/systemd-sysctl; do
+    if [ -x "$tool" ]; then "$tool" {sysctl_file}; break; fi
+done
+ip -4 -batch {routes4}
+ip -6 -batch {routes6}
+# A rule that is there already, after a start by hand, is no failure.
+ip -force -4 -batch {rules4} || true
+ip -force -6 -batch {rules6} || true
+""".format(
+        unit=ROUTES_UNIT, interface=interface, sources=" ".join(sources), sysctl_file=sysctl_file,
+        routes4=ROUTES_FILES["ipv4"], routes6=ROUTES_FILES["ipv6"], rules4=RULES_FILES["ipv4"], rules6=RULES_FILES["ipv6"])

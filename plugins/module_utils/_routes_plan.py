@@ -1,0 +1,302 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+
+"""Send: what goes into the mesh's routing tables and policy rules, and in which order.
+
+Pure: standard library only, no I/O, no clock, Python 3.8 and newer.
+
+A *route* is ``{"family", "table": int, "dst": CIDR text, "dev": device or "", "type": "unicast"|"unreachable", "src": address or "",
+"mtu": bytes or 0, "peer": node name or ""}``; its identity is (table, dst). A *rule* is ``{"family", "priority": int, "table": int,
+"from": CIDR text or "", "not_fwmark": mark or 0}``; all of it is its identity. A *state* is ``{"routes": [...], "rules": [...]}``.
+
+A table is complete before a rule points to it, and is emptied only after no rule does: so every prefix of a plan is safe, and what
+moves the traffic of a node is one rule (invariant I1).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
+    MeshError,
+    family_of,
+    local_pod_cidrs,
+    mesh_mtu,
+    primary_addresses,
+    table_routes,
+)
+
+# The order of the rules from the first priority on: pods' prefixes for everyone, node addresses for what comes from local pods,
+# node addresses for everyone (host encryption).
+PRIORITY_PODS, PRIORITY_FROM_PODS, PRIORITY_NODES = 0, 1, 2
+PRIORITIES = 3
+
+
+def wanted_state(doc, node, settings, proven, present):
+    """The tables and rules of one node.
+
+    :param doc: mesh document.
+    :param settings: {"interface": device name, "table": int, "rule_priority": int, "fwmark": int, "encrypt": "pods"|"nodes",
+        "send": bool: whether the rules are wanted, "unproven": "keep"|"drop"}.
+    :param proven: set of peer names that were reached through the tunnel, or None for every peer.
+    :param present: the routes that are there now with their peers (from the file that restores them), for "keep": a peer that is not
+        proven keeps the routes it has, because it may only be away (invariant I4).
+    :returns: state as above, sorted.
+    """
+    sources = primary_addresses(doc, node)
+    own_mtu = mesh_mtu(doc, node)
+    kept = set()
+    if settings["unproven"] == "keep":
+        kept = {(route["table"], route["dst"], route["peer"]) for route in present}
+    routes = []
+    tables = table_routes(doc, node)
+    for table, entries in ((settings["table"], tables["pods"]), (settings["table"] + 1, tables["nodes"])):
+        for dst, peer in entries:
+            if proven is not None and peer not in proven and (table, dst, peer) not in kept:
+                continue
+            family = family_of(dst)
+            peer_mtu = doc["nodes"][peer]["mtu"]
+            routes.append({
+                "family": family,
+                "table": table,
+                "dst": dst,
+                "dev": settings["interface"],
+                "type": "unicast",
+                # The address that the host had towards this peer before, so that connections and policies go on.
+                "src": sources.get(family) or "",
+                # The device's MTU suits this node; a peer behind a narrower path needs its own.
+                "mtu": peer_mtu if peer_mtu and own_mtu and peer_mtu < own_mtu else 0,
+                "peer": peer,
+            })
+    return {"routes": sorted(routes, key=route_order), "rules": wanted_rules(doc, node, settings) if settings["send"] else []}
+
+
+def wanted_rules(doc, node, settings):
+    """The policy rules of a node that sends, in the order of their priorities."""
+    rules = []
+    base, table = settings["rule_priority"], settings["table"]
+    entry = doc["nodes"][node]
+    families = {family_of(address) for address in entry["node_addresses"]} | {family_of(cidr) for cidr in entry["pod_cidrs"]}
+    for family in sorted(families):
+        rules.append({"family": family, "priority": base + PRIORITY_PODS, "table": table, "from": "", "not_fwmark": 0})
+        for cidr in local_pod_cidrs(doc, node):
+            if family_of(cidr) == family:
+                rules.append({"family": family, "priority": base + PRIORITY_FROM_PODS, "table": table + 1, "from": cidr, "not_fwmark": 0})
+        if settings["encrypt"] == "nodes":
+            rules.append({
+                "family": family, "priority": base + PRIORITY_NODES, "table": table + 1, "from": "", "not_fwmark": settings["fwmark"]})
+    return sorted(rules, key=rule_order)
+
+
+def route_order(route):
+    """Sort key of routes: table, family, then prefix by number."""
+    network = ipaddress.ip_network(route["dst"])
+    return (route["table"], network.version, int(network.network_address), network.prefixlen)
+
+
+def rule_order(rule):
+    """Sort key of rules: priority first, as the kernel looks at them."""
+    return (rule["priority"], rule["family"], rule["from"], rule["not_fwmark"], rule["table"])
+
+
+def same_route(one, other):
+    """Whether two routes with the same identity program the kernel alike (the peer's name is ours, the kernel has none)."""
+    return all(one[field] == other[field] for field in ("type", "dev", "src", "mtu"))
+
+
+def plan_routes(current, wanted):
+    """Steps from one state to another: routes in, rules in, rules out, routes out.
+
+    Steps: {"op": "replace_route" | "remove_route", "route"}, {"op": "add_rule" | "remove_rule", "rule"}. A route that changes is replaced in
+    one kernel operation; a rule that stays is never touched.
+    """
+    have = {(route["table"], route["dst"]): route for route in current["routes"]}
+    want = {(route["table"], route["dst"]): route for route in wanted["routes"]}
+    steps = []
+    for key in sorted(want, key=lambda key: route_order(want[key])):
+        if key not in have or not same_route(have[key], want[key]):
+            steps.append({"op": "replace_route", "route": want[key]})
+    have_rules = {rule_order(rule): rule for rule in current["rules"]}
+    want_rules = {rule_order(rule): rule for rule in wanted["rules"]}
+    for key in sorted(set(want_rules) - set(have_rules)):
+        steps.append({"op": "add_rule", "rule": want_rules[key]})
+    # Host encryption goes first, then what pods send to nodes, then pods to pods: the reverse of how they were added.
+    for key in sorted(set(have_rules) - set(want_rules), reverse=True):
+        steps.append({"op": "remove_rule", "rule": have_rules[key]})
+    for key in sorted(set(have) - set(want), key=lambda key: route_order(have[key])):
+        steps.append({"op": "remove_route", "route": have[key]})
+    return steps
+
+
+def apply_to_state(state, step):
+    """What the kernel holds after one step; used by the tests of the plan."""
+    routes, rules = list(state["routes"]), list(state["rules"])
+    if step["op"] in ("replace_route", "remove_route"):
+        routes = [route for route in routes if (route["table"], route["dst"]) != (step["route"]["table"], step["route"]["dst"])]
+        if step["op"] == "replace_route":
+            routes.append(step["route"])
+    elif step["op"] == "add_rule":
+        rules.append(step["rule"])
+    elif step["op"] == "remove_rule":
+        rules = [rule for rule in rules if rule_order(rule) != rule_order(step["rule"])]
+    return {"routes": sorted(routes, key=route_order), "rules": sorted(rules, key=rule_order)}
+
+
+def moved_destinations(current, wanted):
+    """The prefixes whose packets may leave by another device after the plan: what masqueraded connections must be carried over for.
+
+    Nothing moves while there is no rule before and after; a rule that comes or goes moves every prefix of its table.
+    """
+    def steered(state):
+        tables = {}
+        for rule in state["rules"]:
+            tables.setdefault((rule["family"], rule["table"]), set()).add((rule["from"], rule["not_fwmark"]))
+        found = {}
+        for route in state["routes"]:
+            selectors = tables.get((route["family"], route["table"]))
+            if selectors:
+                found[(route["table"], route["dst"])] = (frozenset(selectors), route["dev"], route["type"])
+        return found
+
+    before, after = steered(current), steered(wanted)
+    return sorted({key[1] for key in set(before) | set(after) if before.get(key) != after.get(key)})
+
+
+def route_text(route):
+    """One route as ``ip route`` would take it, the peer's name as a comment."""
+    parts = ["unreachable", route["dst"]] if route["type"] == "unreachable" else [route["dst"], "dev", route["dev"]]
+    parts += ["table", str(route["table"])]
+    if route["src"]:
+        parts += ["src", route["src"]]
+    if route["mtu"]:
+        parts += ["mtu", str(route["mtu"])]
+    return " ".join(parts) + ("  # %s" % route["peer"] if route["peer"] else "")
+
+
+def rule_text(rule):
+    """One rule as ``ip rule`` would take it."""
+    parts = ["priority", str(rule["priority"])]
+    if rule["not_fwmark"]:
+        parts += ["not", "from", "all", "fwmark", "0x%x/0x%x" % (rule["not_fwmark"], rule["not_fwmark"])]
+    else:
+        parts += ["from", rule["from"] or "all"]
+    return " ".join(parts + ["lookup", str(rule["table"])])
+
+
+def state_as_text(state, names=None):
+    """A state as stable text for diff mode; ``names`` gives peers to routes read from the kernel: {(table, dst): peer}."""
+    lines = []
+    for rule in state["rules"]:
+        lines.append("ip%s rule %s" % (" -6" if rule["family"] == "ipv6" else "", rule_text(rule)))
+    for route in state["routes"]:
+        named = dict(route, peer=route["peer"] or (names or {}).get((route["table"], route["dst"]), ""))
+        lines.append("ip%s route %s" % (" -6" if route["family"] == "ipv6" else "", route_text(named)))
+    return "".join(line + "\n" for line in lines)
+
+
+# --- what `ip -j -N` prints --------------------------------------------------------------------------------------------------------------
+
+ROUTE_TYPES = {"1": "unicast", "7": "unreachable", "unicast": "unicast", "unreachable": "unreachable"}
+
+
+def route_from_ip(item, family, table):
+    """One object of ``ip -j -N route show table N`` as a route."""
+    dst = item["dst"]
+    if dst == "default":
+        dst = "0.0.0.0/0" if family == "ipv4" else "::/0"
+    kind = ROUTE_TYPES.get(str(item.get("type", "unicast")), str(item.get("type")))
+    mtu = 0
+    for metrics in item.get("metrics") or []:
+        mtu = int(metrics.get("mtu", mtu))
+    return {
+        "family": family,
+        "table": table,
+        "dst": str(ipaddress.ip_network(dst)),
+        # iproute2 shows lo for IPv6 routes without a device.
+        "dev": item.get("dev", "") if kind == "unicast" else "",
+        "type": kind,
+        "src": item.get("prefsrc", ""),
+        "mtu": mtu,
+        "peer": "",
+    }
+
+
+def rule_from_ip(item, family):
+    """One object of ``ip -j -N rule`` as a rule, or None when it is of a kind that we never make."""
+    table = str(item.get("table", ""))
+    if not table.isdigit():
+        return None
+    source = item.get("src", "all")
+    source = "" if source == "all" else str(ipaddress.ip_network("%s/%s" % (source, item.get("srclen", 32 if family == "ipv4" else 128))))
+    inverted = "not" in item
+    mark = int(str(item.get("fwmark", "0")), 0)
+    return {
+        "family": family,
+        "priority": int(item.get("priority", 0)),
+        "table": int(table),
+        "from": source,
+        "not_fwmark": mark if inverted else 0,
+        # Anything else on a rule (iif, a mark that is not inverted, suppressors) makes it another rule than ours.
+        "foreign": bool(set(item) - {"priority", "src", "srclen", "table", "not", "fwmark", "fwmask", "protocol"}) or bool(mark and not inverted),
+    }
+
+
+# --- what restores them at boot ----------------------------------------------------------------------------------------------------------
+
+BATCH_HEADER = "# Written by kubemesh.wireguard; read by kubemesh-routes.service at boot. Changes made here are lost.\n"
+
+
+def batch_text(state, family):
+    """The routes of one family as a file for ``ip -batch``."""
+    return BATCH_HEADER + "".join("route replace %s\n" % route_text(route) for route in state["routes"] if route["family"] == family)
+
+
+def rules_text(state, family):
+    """The rules of one family as a file for ``ip -batch``."""
+    return BATCH_HEADER + "".join("rule add %s\n" % rule_text(rule) for rule in state["rules"] if rule["family"] == family)
+
+
+def routes_of_batch(text, family):
+    """The routes of a file made by `batch_text`, with their peers; lines that are not ours are left out."""
+    routes = []
+    for line in text.splitlines():
+        words = line.split()
+        if words[:2] != ["route", "replace"] or len(words) < 3:
+            continue
+        peer = words[words.index("#") + 1] if "#" in words and words.index("#") + 1 < len(words) else ""
+        if "#" in words:
+            words = words[:words.index("#")]
+        kind, rest = ("unreachable", words[3:]) if words[2] == "unreachable" else ("unicast", words[2:])
+        options = dict(zip(rest[1::2], rest[2::2]))
+        try:
+            routes.append({
+                "family": family,
+                "table": int(options["table"]),
+                "dst": str(ipaddress.ip_network(rest[0])),
+                "dev": options.get("dev", ""),
+                "type": kind,
+                "src": options.get("src", ""),
+                "mtu": int(options.get("mtu", 0)),
+                "peer": peer,
+            })
+        except (KeyError, IndexError, ValueError):
+            continue
+    return routes
+
+
+def check_settings(settings):
+    """Raise `MeshError` where the numbers of the steering cannot be used."""
+    table, priority, mark = settings["table"], settings["rule_priority"], settings["fwmark"]
+    # 253 to 255 are default, main and local; 0 is "all" (rt_tables). The next table is used too.
+    if not 1 <= table <= 0xFFFFFFFE or table in (252, 253, 254, 255):
+        raise MeshError("mesh_table: %d: tables %d and %d must be free for the mesh and not be default, main or local; take one above 255"
+                        % (table, table, table + 1))
+    if not 1 <= priority <= 32765 - PRIORITIES:
+        raise MeshError("mesh_rule_priority: %d: the rules must come after local (0) and before main (32766); take 1 to %d"
+                        % (priority, 32765 - PRIORITIES))
+    if not 1 <= mark <= 0xFFFFFFFF:
+        raise MeshError("mesh_fwmark: %d: a mark is a number from 1 to 0xffffffff" % mark)
