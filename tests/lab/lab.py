@@ -517,19 +517,19 @@ class Lab:
                           "link set br0 up",
                           *[f"address add {address}/{64 if ':' in address else 24} dev br0" + (" nodad" if ":" in address else "")
                             for address in self.addresses("fabric").values()]])
-        self._plug("ctl", 2)
+        self._plug("ctl", self.mac(0x19, 2))
         ip_batch(ctl, [f"link set eth0 mtu {options.mtu} up",
                        *[f"address add {address}/{64 if ':' in address else 24} dev eth0" + (" nodad" if ":" in address else "")
                          for address in self.addresses("ctl").values()]])
 
-    def _plug(self, host, number):
+    def _plug(self, host, mac):
         """A veth from the bridge (p-HOST) to eth0 of the host, segmenting in software so that every frame is one real frame."""
         fabric, options = self.namespace("fabric"), self.options
         port = f"p-{host}"
         ip_batch(fabric, [f"link del {port}"], check=False)
         ip_batch(fabric, [f"link add {port} mtu {options.mtu} type veth peer name eth0 netns {self.namespace(host)}",
                           f"link set {port} master br0 up"])
-        ip_batch(self.namespace(host), [f"link set eth0 mtu {options.mtu} address {self.mac(0x18, number)}"])
+        ip_batch(self.namespace(host), [f"link set eth0 mtu {options.mtu} address {mac}"])
         for namespace, device in ((fabric, port), (self.namespace(host), "eth0")):
             run(["ip", "netns", "exec", namespace, "ethtool", "-K", device, "tx", "off", "tso", "off", "gso", "off", "gro", "off"],
                 check=False)
@@ -684,7 +684,7 @@ class Lab:
 
         A namespace that a process of an earlier boot still holds lives on without its links, where nobody sees it.
         """
-        namespace, number = self.namespace(node), self.number(node)
+        namespace = self.namespace(node)
         with locked(self.state / "fabric.lock"):
             ip_batch(self.namespace("fabric"), [f"link del p-{node}"], check=False)
             if namespace_exists(namespace):
@@ -692,7 +692,7 @@ class Lab:
                     ip_batch(self.namespace(pod), ["link del eth0"], check=False)
                 delete_namespace(namespace)
             add_namespace(namespace)
-            self._plug(node, number)
+            self._plug(node, self.mac(0x18, self.number(node)))
             if (self.state / "nodes" / node / "cut").exists():
                 ip_batch(self.namespace("fabric"), [f"link set p-{node} down"])
 
@@ -859,7 +859,7 @@ class Lab:
         if host not in self.hosts():
             raise LabError(f"no host {host!r} in lab {self.name}; it has {', '.join(self.hosts())}")
         if host.startswith("node-") and "-pod-" not in host:
-            return ["nsenter", "-t", str(self.leader(host)), "-m", "-u", "-i", "-n", "-p", "--wd=/", "--", "env", "-i",
+            return ["nsenter", "-t", str(self.leader(host)), "-m", "-u", "-i", "-n", "-p", "--root", "--wd", "--", "env", "-i",
                     "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "USER=root", "LC_ALL=C.UTF-8",
                     "TERM=dumb", *argv]
         return ["ip", "netns", "exec", self.namespace(host), *argv]
@@ -1174,7 +1174,7 @@ def main(argv=None):
         elif args.verb == "add-node":
             print(lab.add_node())
         elif args.verb == "inventory":
-            lab.options  # says so when the lab is not up
+            dummy = lab.options  # an error says so when the lab is not up
             print(lab.inventory())
         elif args.verb == "status":
             print(json.dumps(lab.status(), indent=1))
