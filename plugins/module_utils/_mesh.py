@@ -221,6 +221,11 @@ def format_endpoint(address, port):
     return "[%s]:%d" % (address, port) if ":" in address else "%s:%d" % (address, port)
 
 
+def endpoint_port(endpoint, generation, ports):
+    """The UDP port of an endpoint of the document for one generation: the mesh's, or the given one (generation 1: the next)."""
+    return ports[generation] if endpoint["port"] is None else endpoint["port"] + int(generation)
+
+
 def node_address_order(addresses):
     """Canonical addresses in the document's order: the first IPv4, the first IPv6, then the others sorted; duplicates dropped.
 
@@ -238,25 +243,27 @@ def sorted_cidrs(cidrs):
     return sorted(set(cidrs), key=_network)
 
 
-def find_overlaps(entries, limit=1000):
-    """Pairs of overlapping prefixes that belong to different owners.
+def find_overlaps(entries, conflict=None, limit=1000):
+    """Pairs of overlapping prefixes that are in conflict.
 
-    ``entries``: iterable of ``(cidr, owner)``. Returns a sorted list of ``((cidr, owner), (cidr, owner))``, wider prefix first. One
-    sweep over the sorted prefixes, as two prefixes are disjoint or nested: N log N, not N squared, for disjoint input. It stops after
-    ``limit`` pairs: a thousand nodes that all have the same prefix are half a million pairs, and nobody reads the second page.
+    ``entries``: iterable of ``(cidr, owner)``; ``conflict(owner, owner)`` says whether two owners must not overlap, by default when they
+    differ. Returns a sorted list of ``((cidr, owner), (cidr, owner))``, wider prefix first. One sweep over the sorted prefixes, as two
+    prefixes are disjoint or nested: N log N, not N squared, for disjoint input. It stops after ``limit`` pairs: a thousand nodes that
+    all have the same prefix are half a million pairs, and nobody reads the second page.
     """
+    if conflict is None:
+        def conflict(one, other):
+            return one != other
     found = []
     enclosing = []  # stack of (version, last address, owner, cidr)
     for (version, first, length), owner, cidr in sorted((_network(cidr), owner, cidr) for cidr, owner in entries):
         while enclosing and (enclosing[-1][0] != version or enclosing[-1][1] < first):
             enclosing.pop()
-        for dummy, dummy, other, other_cidr in enclosing:
-            if other != owner and len(found) < limit:
-                found.append(((other_cidr, other), (cidr, owner)))
+        found.extend(((other_cidr, other), (cidr, owner)) for dummy, dummy, other, other_cidr in enclosing if conflict(other, owner))
         if len(found) >= limit:
             break
         enclosing.append((version, _last(version, first, length), owner, cidr))
-    return sorted(found)
+    return sorted(found)[:limit]
 
 
 # --- keys and names ------------------------------------------------------------------------------------------------------------------
@@ -286,7 +293,7 @@ def probe_address(public_key):
     raw = base64.b64decode(canonical_public_key(public_key))
     identifier = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big")
     if identifier == 0:
-        raise MeshError("public key %s: its probe address would be fe80::, the subnet-router anycast address; make another key" % public_key)
+        raise MeshError("public key %s: its probe address would be the subnet-router anycast address fe80::; make another key" % public_key)
     return str(ipaddress.IPv6Address(int(_PROBE_NETWORK.network_address) + identifier))
 
 
@@ -347,98 +354,123 @@ def _check_list(value, function, where, problems):
     return good
 
 
-def _check_node(name, entry, problems):
-    """Everything that can be said about one entry without the others. True when the cross-node checks can read it."""
-    where = "node %s" % shown(name)
-    before = len(problems)
-    try:
-        check_node_name(name)
-    except MeshError as exc:
-        problems.append(str(exc))
-    if not _check_fields(entry, _NODE_FIELDS, where, problems):
-        return False
+def _check_scalars(entry, where, problems):
     if entry["state"] not in STATES:
         problems.append("%s, state: %s is not one of %s" % (where, shown(entry["state"]), ", ".join(STATES)))
     for field in ("reason", "uid"):
         if not isinstance(entry[field], str):
             problems.append("%s, %s: expected text, got %s" % (where, field, shown(entry[field])))
     if entry["mtu"] is not None and not _is_int(entry["mtu"], MTU_MIN, MTU_MAX):
-        problems.append("%s, mtu: expected null or a number of bytes from %d to %d, got %s" % (where, MTU_MIN, MTU_MAX, shown(entry["mtu"])))
+        problems.append("%s, mtu: expected null or bytes from %d to %d, got %s" % (where, MTU_MIN, MTU_MAX, shown(entry["mtu"])))
     if not _is_int(entry["keepalive"], 0, KEEPALIVE_MAX):
-        problems.append("%s, keepalive: expected a number of seconds from 0 to %d, got %s" % (where, KEEPALIVE_MAX, shown(entry["keepalive"])))
-    _check_list(entry["pod_cidrs"], canonical_cidr, where + ", pod_cidrs", problems)
-    _check_list(entry["node_addresses"], canonical_address, where + ", node_addresses", problems)
+        problems.append("%s, keepalive: expected seconds from 0 to %d, got %s" % (where, KEEPALIVE_MAX, shown(entry["keepalive"])))
 
-    endpoints = entry["endpoints"]
+
+def _check_endpoints(endpoints, where, problems):
     if not isinstance(endpoints, dict) or not set(endpoints) <= set(FAMILIES):
         problems.append("%s, endpoints: expected an object by family (ipv4, ipv6), got %s" % (where, shown(endpoints)))
-    else:
-        for family, endpoint in endpoints.items():
-            place = "%s, endpoints.%s" % (where, family)
-            if not _check_fields(endpoint, {"address", "port"}, place, problems):
-                continue
-            if _check_canonical(endpoint["address"], canonical_address, place, problems) and family_of(endpoint["address"]) != family:
-                problems.append("%s: %s is of the other family" % (place, endpoint["address"]))
-            if endpoint["port"] is not None and not _is_int(endpoint["port"], 1, PORT_MAX - 1):
-                problems.append("%s: the port must be null or a number from 1 to %d, got %s" % (place, PORT_MAX - 1, shown(endpoint["port"])))
+        return
+    for family, endpoint in endpoints.items():
+        place = "%s, endpoints.%s" % (where, family)
+        if not _check_fields(endpoint, {"address", "port"}, place, problems):
+            continue
+        address, port = endpoint["address"], endpoint["port"]
+        if _check_canonical(address, canonical_address, place, problems) and family_of(address) != family:
+            problems.append("%s: %s is of the other family" % (place, address))
+        if port is not None and not _is_int(port, 1, PORT_MAX - 1):
+            problems.append("%s: the port must be null or a number from 1 to %d, got %s" % (place, PORT_MAX - 1, shown(port)))
 
-    public_keys, probes = entry["public_keys"], entry["probe_addresses"]
+
+def _check_keys(public_keys, probes, where, problems):
     if not isinstance(public_keys, dict) or not set(public_keys) <= set(GENERATIONS):
         problems.append("%s, public_keys: expected an object by generation (0, 1), got %s" % (where, shown(public_keys)))
-    elif not isinstance(probes, dict) or set(probes) != set(public_keys):
+        return
+    if not isinstance(probes, dict) or set(probes) != set(public_keys):
         problems.append("%s, probe_addresses: expected one per public key, got %s" % (where, shown(probes)))
-    else:
-        for generation, key in public_keys.items():
-            try:
-                wanted = probe_address(key)
-            except MeshError as exc:
-                problems.append("%s, public_keys.%s: %s" % (where, generation, exc))
-                continue
-            if probes[generation] != wanted:
-                problems.append("%s, probe_addresses.%s: %s does not belong to the public key, which gives %s"
-                                % (where, generation, shown(probes[generation]), wanted))
+        return
+    for generation, key in public_keys.items():
+        try:
+            wanted = probe_address(key)
+        except MeshError as exc:
+            problems.append("%s, public_keys.%s: %s" % (where, generation, exc))
+            continue
+        if probes[generation] != wanted:
+            problems.append("%s, probe_addresses.%s: %s does not belong to the public key, which gives %s"
+                            % (where, generation, shown(probes[generation]), wanted))
+
+
+def _check_node(name, entry, problems):
+    """Everything that can be said about one entry without the others. True when the cross-node checks can read it."""
+    before = len(problems)
+    where = "node %s" % shown(name)
+    try:
+        check_node_name(name)
+    except MeshError as exc:
+        problems.append(str(exc))
+    if _check_fields(entry, _NODE_FIELDS, where, problems):
+        _check_scalars(entry, where, problems)
+        _check_list(entry["pod_cidrs"], canonical_cidr, where + ", pod_cidrs", problems)
+        _check_list(entry["node_addresses"], canonical_address, where + ", node_addresses", problems)
+        _check_endpoints(entry["endpoints"], where, problems)
+        _check_keys(entry["public_keys"], entry["probe_addresses"], where, problems)
     return len(problems) == before
 
 
-def _check_across(doc, problems):
-    """What two nodes of one mesh must not share. ``excluded`` nodes are not in the tunnel and cannot collide."""
-    keys, probes, endpoints, prefixes, tunnelled, outer = {}, {}, {}, [], [], []
-    for name in sorted(doc["nodes"]):
-        entry = doc["nodes"][name]
-        if entry["state"] == "excluded":
-            continue
+def tunnelled_nodes(nodes):
+    """``(name, entry)`` of the nodes that are or may become peers, by name. Excluded ones are not in the tunnel and cannot collide."""
+    return [(name, nodes[name]) for name in sorted(nodes) if nodes[name]["state"] != "excluded"]
+
+
+def shared_identities(nodes, ports):
+    """Findings about what two nodes must not share: public keys, probe addresses, endpoints. ``nodes``, ``ports`` as in a document."""
+    keys, probes, endpoints = {}, {}, {}
+    for name, entry in tunnelled_nodes(nodes):
         for generation in sorted(entry["public_keys"]):
             keys.setdefault(entry["public_keys"][generation], []).append("%s (generation %s)" % (name, generation))
-            probes.setdefault(entry["probe_addresses"][generation], []).append(name)
+            probes.setdefault(entry["probe_addresses"][generation], set()).add(entry["public_keys"][generation])
         for family in sorted(entry["endpoints"]):
             endpoint = entry["endpoints"][family]
-            endpoints.setdefault((endpoint["address"], endpoint["port"]), []).append(name)
-            outer.append((host_cidr(endpoint["address"]), (name, "endpoint")))
-        for cidr in entry["pod_cidrs"]:
-            prefixes.append((cidr, name))
-            tunnelled.append((cidr, (name, "pod CIDR")))
-        for address in entry["node_addresses"]:
-            prefixes.append((host_cidr(address), name))
-            outer.append((host_cidr(address), (name, "node address")))
+            for generation in GENERATIONS:
+                endpoints.setdefault((endpoint["address"], endpoint_port(endpoint, generation, ports)), []).append(name)
+    problems = []
     for key, owners in sorted(keys.items()):
         if len(owners) > 1:
-            problems.append("public key %s is on %s: each node needs its own; make new ones on all of them" % (key, " and ".join(owners)))
-    for address, owners in sorted(probes.items()):
-        if len(set(owners)) > 1 and len(owners) > 1:
-            problems.append("probe address %s belongs to %s: make a new key on one of them" % (address, " and ".join(owners)))
-    for (address, port), owners in sorted(endpoints.items(), key=str):
+            problems.append("public key %s is on nodes %s: all of them are refused, as each needs a key of its own (a cloned image?);"
+                            " remove the key on each and make new ones" % (key, " and ".join(owners)))
+    for address, different in sorted(probes.items()):
+        if len(different) > 1:
+            problems.append("public keys %s have the same probe address %s: make a new key for one of them"
+                            % (" and ".join(sorted(different)), address))
+    for (address, port), owners in sorted(endpoints.items()):
         if len(owners) > 1:
-            problems.append("endpoint %s%s belongs to %s: behind one address each node needs its own port"
-                            % (address, "" if port is None else " port %d" % port, " and ".join(owners)))
-    seen = set()
-    for (wide, wide_owner), (narrow, narrow_owner) in find_overlaps(prefixes):
-        seen.add((wide, narrow))
-        problems.append("%s of node %s overlaps %s of node %s: an address can be behind one peer only" % (narrow, narrow_owner, wide, wide_owner))
-    for (wide, wide_owner), (narrow, narrow_owner) in find_overlaps(tunnelled + outer):
-        # a node address in another node's prefix was reported above; here: addresses in the node's own pod CIDR, endpoints in any
-        if wide_owner[1] == "pod CIDR" and narrow_owner[1] != "pod CIDR" and (wide, narrow) not in seen:
-            problems.append("%s %s of node %s is inside pod CIDR %s of node %s, which goes through the tunnel"
-                            % (narrow_owner[1], narrow.split("/")[0], narrow_owner[0], wide, wide_owner[0]))
+            problems.append("endpoint %s belongs to nodes %s: behind one address each node needs two ports of its own, one per generation"
+                            "; set mesh_endpoint" % (format_endpoint(address, port), " and ".join(owners)))
+    return problems
+
+
+def prefix_conflict(one, other):
+    """Whether two ``(node name, what)`` must not overlap; ``what`` is ``pod CIDR``, ``node address``, ``endpoint`` or another range.
+
+    An allowed IP belongs to one peer only, and outer packets must never match a tunnelled prefix. But an endpoint is one of the node's
+    own addresses, or another node's where a port is forwarded, and the pod CIDRs of one node may be nested.
+    """
+    whats = {one[1], other[1]}
+    return one != other and not ("endpoint" in whats and whats <= {"endpoint", "node address"})
+
+
+def prefixes_of(nodes):
+    """``(cidr, (node name, what))`` of everything in a document's ``nodes`` that can collide."""
+    prefixes = []
+    for name, entry in tunnelled_nodes(nodes):
+        prefixes.extend((cidr, (name, "pod CIDR")) for cidr in entry["pod_cidrs"])
+        prefixes.extend((host_cidr(address), (name, "node address")) for address in entry["node_addresses"])
+        prefixes.extend((host_cidr(endpoint["address"]), (name, "endpoint")) for endpoint in entry["endpoints"].values())
+    return prefixes
+
+
+def _overlap_findings(nodes):
+    return ["node %s, %s %s: overlaps %s %s of node %s" % (narrow_name, narrow_what, narrow, wide_what, wide, wide_name)
+            for (wide, (wide_name, wide_what)), (narrow, (narrow_name, narrow_what)) in find_overlaps(prefixes_of(nodes), prefix_conflict)]
 
 
 def validate_document(doc):
@@ -465,11 +497,12 @@ def validate_document(doc):
     if not isinstance(doc["nodes"], dict):
         problems.append("mesh document, nodes: expected an object by node name, got %s" % shown(doc["nodes"]))
         raise joined_error("the mesh document is not valid", problems)
-    readable = True
+    readable = not problems
     for name, entry in doc["nodes"].items():
         readable = _check_node(name, entry, problems) and readable
     if readable:
-        _check_across(doc, problems)
+        problems.extend(shared_identities(doc["nodes"], ports))
+        problems.extend(_overlap_findings(doc["nodes"]))
     if problems:
         raise joined_error("the mesh document is not valid", problems)
     return doc
@@ -488,8 +521,9 @@ def document_sha256(doc):
 def _no_duplicates(pairs):
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, dummy in pairs]
-        raise MeshError("mesh document: %s appears twice in one object" % shown(sorted(name for name in set(names) if names.count(name) > 1)[0]))
+        names = sorted(name for name, dummy in pairs)
+        twice = [name for name, following in zip(names, names[1:]) if name == following]
+        raise MeshError("mesh document: %s appears twice in one object" % shown(twice[0]))
     return result
 
 
@@ -526,10 +560,10 @@ def endpoint_of(doc, node, peer, generation):
     IPv4 when both have an IPv4 endpoint, else IPv6 when both have one, else whatever the peer has.
     """
     generation = generation_text(generation)
-    return _endpoint(doc["ports"][generation], int(generation), node_entry(doc, node)["endpoints"], node_entry(doc, peer)["endpoints"])
+    return _endpoint(doc["ports"], generation, node_entry(doc, node)["endpoints"], node_entry(doc, peer)["endpoints"])
 
 
-def _endpoint(port, offset, own, theirs):
+def _endpoint(ports, generation, own, theirs):
     endpoint = None
     if "ipv4" in theirs and ("ipv4" in own or not ("ipv6" in own and "ipv6" in theirs)):
         endpoint = theirs["ipv4"]
@@ -537,7 +571,7 @@ def _endpoint(port, offset, own, theirs):
         endpoint = theirs["ipv6"]
     if endpoint is None:
         return None
-    return format_endpoint(endpoint["address"], port if endpoint["port"] is None else endpoint["port"] + offset)
+    return format_endpoint(endpoint["address"], endpoint_port(endpoint, generation, ports))
 
 
 def allowed_ips_of(entry, generation):
@@ -563,13 +597,13 @@ def peers_of(doc, node, generation):
         raise MeshError("node %s has no peers of generation %s: it is %s in the mesh document%s%s"
                         % (node, generation, own["state"], " (%s)" % own["reason"] if own["reason"] else "",
                            "" if own["state"] == "excluded" else ", without a public key of this generation; make its key first"))
-    port, offset, keepalive, own_endpoints = doc["ports"][generation], int(generation), own["keepalive"], own["endpoints"]
+    ports, keepalive, own_endpoints = doc["ports"], own["keepalive"], own["endpoints"]
     peers = {}
     for name, entry in doc["nodes"].items():
         if name != node and is_peer(entry, generation):
             peers[entry["public_keys"][generation]] = {
                 "name": name,
-                "endpoint": _endpoint(port, offset, own_endpoints, entry["endpoints"]),
+                "endpoint": _endpoint(ports, generation, own_endpoints, entry["endpoints"]),
                 "allowed_ips": allowed_ips_of(entry, generation),
                 "keepalive": keepalive,
             }
@@ -603,7 +637,8 @@ def local_pod_cidrs(doc, node):
 def table_routes(doc, node, generation=None):
     """Destinations behind each peer: ``{"pods": [(cidr, peer name)], "nodes": [(address/length, peer name)]}``, sorted.
 
-    All peers, proven or not: which of them get a route is decided by what `probe` saw. ``generation`` limits them to peers with a key of it.
+    All peers, proven or not: which of them get a route is decided by what `probe` saw. ``generation`` limits them to peers that have a
+    key of it.
     """
     node_entry(doc, node)
     pods, nodes = [], []
