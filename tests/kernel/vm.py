@@ -77,6 +77,7 @@ tries=0
 while [ ! -b /dev/vda ] && [ $tries -lt 500 ]; do /bin/busybox usleep 20000; tries=$((tries+1)); done
 /bin/busybox mount -t ext4 -o noatime /dev/vda /root
 /bin/busybox mount -o move /dev /root/dev
+/bin/busybox cp -a /overlay/. /root/
 next=/sbin/init
 for word in $(/bin/busybox cat /proc/cmdline); do case $word in kminit=*) next=${{word#kminit=}};; esac; done
 /bin/busybox umount /proc
@@ -84,6 +85,7 @@ exec /bin/busybox switch_root /root $next
 """
 
 # Init of the direct mode: only what programs expect to find. /dev/fd is for the process substitution in wg-quick.
+# This and the files below are put on the disk at each boot, from a second initramfs: changing them needs no new image.
 DIRECT_INIT = """#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -94,6 +96,7 @@ mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ln -sfn /proc/self/fd /dev/fd
+for number in 0:stdin 1:stdout 2:stderr; do ln -sfn /proc/self/fd/${number%:*} /dev/${number#*:}; done
 ip link set lo up
 hostname kubemesh-vm
 exec /usr/local/lib/kubemesh-vm/payload
@@ -157,7 +160,7 @@ class VMError(Exception):
 
 @dataclasses.dataclass
 class Outcome:
-    """rc: exit code of run.sh; boot_seconds: host start of qemu to the first line of the payload's console output; seconds: whole run."""
+    """rc: exit code of run.sh; seconds: the whole run; console: all that came over the serial line."""
 
     rc: int
     seconds: float
@@ -169,7 +172,8 @@ def log(text):
 
 
 def _run(argv, **kwargs):
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **kwargs)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+                          **kwargs)
     if done.returncode:
         raise VMError("%s ended with %d:\n%s" % (" ".join(map(str, argv)), done.returncode, done.stdout[-3000:]))
     return done.stdout
@@ -179,8 +183,7 @@ def _run(argv, **kwargs):
 
 def recipe_digest():
     """Names the image by everything that goes into it, so that a changed recipe is built anew and an unchanged one never."""
-    parts = (SUITE, GUEST_PACKAGES, BOOT_MODULES, ROOT_SIZE, MASKED_UNITS, INITRD_INIT, DIRECT_INIT, PAYLOAD_RUNNER, PAYLOAD_SERVICE,
-             PAYLOAD_TARGET)
+    parts = (SUITE, GUEST_PACKAGES, BOOT_MODULES, ROOT_SIZE, MASKED_UNITS, INITRD_INIT)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -217,6 +220,23 @@ def make_initrd(root):
     return cpio_newc(entries)
 
 
+def boot_overlay():
+    """The initramfs part with the files that the boot copies over the disk."""
+    lib, units = "overlay/usr/local/lib/kubemesh-vm", "overlay/etc/systemd/system"
+    entries, seen = [], set()
+    for name, mode, text in ((lib + "/init", 0o100755, DIRECT_INIT), (lib + "/payload", 0o100755, PAYLOAD_RUNNER),
+                             (units + "/kubemesh-payload.service", 0o100644, PAYLOAD_SERVICE),
+                             (units + "/kubemesh-vm.target", 0o100644, PAYLOAD_TARGET)):
+        folders = name.split("/")[:-1]
+        for depth in range(1, len(folders) + 1):
+            folder = "/".join(folders[:depth])
+            if folder not in seen:
+                seen.add(folder)
+                entries.append((folder, 0o040755, None))
+        entries.append((name, mode, text.encode()))
+    return cpio_newc(entries)
+
+
 def _debian_mirror():
     """The archive this machine's apt uses, so that a build works behind a mirror; [] lets debootstrap choose."""
     try:
@@ -225,12 +245,6 @@ def _debian_mirror():
         return []
     sites = [line.split()[2] for line in out.splitlines() if line.startswith("Debian Packages ")]
     return sites[:1]
-
-
-def _write(path, text, mode=0o644):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(mode)
 
 
 def _populate(root, work):
@@ -243,12 +257,7 @@ def _populate(root, work):
     except VMError as exc:
         detail = root / "debootstrap/debootstrap.log"
         raise VMError("%s\n%s" % (exc, detail.read_text()[-3000:] if detail.exists() else "")) from exc
-    lib = root / "usr/local/lib/kubemesh-vm"
-    _write(lib / "init", DIRECT_INIT, 0o755)
-    _write(lib / "payload", PAYLOAD_RUNNER, 0o755)
     units = root / "etc/systemd/system"
-    _write(units / "kubemesh-payload.service", PAYLOAD_SERVICE)
-    _write(units / "kubemesh-vm.target", PAYLOAD_TARGET)
     (units / "default.target").symlink_to("kubemesh-vm.target")
     wants = units / "multi-user.target.wants"
     wants.mkdir(exist_ok=True)
@@ -344,11 +353,13 @@ def run(payload, results=None, systemd=False, reboots=0, timeout=300.0, quiet=Fa
         _payload_disk(payload, scratch / "payload.img")
         with open(scratch / "results.img", "wb") as handle:
             handle.truncate(RESULTS_SIZE)
+        # the kernel unpacks archives that follow one another
+        (scratch / "initrd").write_bytes((image / "initrd").read_bytes() + boot_overlay())
         cmdline = KERNEL_ARGS + " kmboots=%d" % (1 + reboots)
         if not systemd:
             cmdline += " kminit=/usr/local/lib/kubemesh-vm/init"
         argv = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m", str(memory_mb), "-display", "none",
-                "-monitor", "none", "-serial", "stdio", "-nic", "none", "-kernel", str(image / "vmlinuz"), "-initrd", str(image / "initrd"),
+                "-monitor", "none", "-serial", "stdio", "-nic", "none", "-kernel", str(image / "vmlinuz"), "-initrd", str(scratch / "initrd"),
                 "-append", cmdline,
                 # cache=unsafe: nobody needs this disk after the run
                 "-drive", "file=%s,if=virtio,format=raw,snapshot=on,cache=unsafe" % (image / "root.img"),
