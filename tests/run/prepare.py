@@ -5,8 +5,8 @@
 
 """What the gate and the demo need on this machine: Debian packages, Python interpreters, virtual environments, other collections.
 
-Everything lands in one cache directory (C(KUBEMESH_CACHE), by default C(/var/cache/kubemesh-lab)), keyed by a hash of what it was made from,
-so that a second run takes it as it is and a changed requirement makes a new one. Needs Python 3.9 and its standard library.
+Everything lands in one cache directory (C(KUBEMESH_CACHE), by default C(/var/cache/kubemesh-lab)), keyed by a hash of what it was made
+from, so that a second run takes it as it is and a changed requirement makes a new one. Needs Python 3.9 and its standard library.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def locked(name):
 
 def run(command, **options):
     """Run a command quietly; PrepareError with the end of its output when it fails."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, text=True, check=False, **streams, **options)
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-25:])
         raise PrepareError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{tail}")
@@ -231,7 +232,8 @@ def ansible_test_home(pip_python):
                 link.symlink_to(original)
         for name, version in GET_PIP.items():
             if not (downloads / f"pip-{version}-py3-none-any.whl").exists():
-                run([str(pip_python), "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", str(downloads), f"pip=={version}"])
+                command = [str(pip_python), "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
+                run([*command, "-d", str(downloads), f"pip=={version}"])
             (downloads / name).write_text(GET_PIP_SOURCE.replace("{version}", version), encoding="utf-8")
     return home
 
@@ -287,9 +289,10 @@ def other_collections(pip_python):
 
 def tracked_files():
     """Files of the collection relative to its root: what git has or would add; in a tree without git everything but hidden and output."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
-    ) if shutil.which("git") else None
+    listed = None
+    if shutil.which("git"):
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     if listed is not None and listed.returncode == 0:
         names = [Path(os.fsdecode(name)) for name in listed.stdout.split(b"\0") if name]
     else:
@@ -323,5 +326,6 @@ def install_artifact(venv_path, destination):
     run([galaxy, "collection", "build", "--force", "--output-path", str(destination)], cwd=tree, env=environment)
     artifact = next(destination.glob("kubemesh-wireguard-*.tar.gz"))
     collections = destination / "collections"
-    run([galaxy, "collection", "install", "--offline", "--force", "--no-deps", "-p", str(collections), str(artifact)], cwd=destination, env=environment)
+    install = [galaxy, "collection", "install", "--offline", "--force", "--no-deps", "-p", str(collections), str(artifact)]
+    run(install, cwd=destination, env=environment)
     return artifact, collections
