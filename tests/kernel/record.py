@@ -93,7 +93,9 @@ def peer(key, *parts):
 
 
 class Netlink:
-    def __init__(self):
+    def __init__(self, buffer=1 << 16):
+        # The kernel fills a dump's datagrams up to the largest buffer the socket has received with so far (32 KiB at most)
+        self.buffer = buffer
         self.sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_GENERIC)
         self.sock.bind((0, 0))
         self.sock.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
@@ -118,7 +120,7 @@ class Netlink:
         self.sock.send(request)
         replies = []
         while True:
-            data = self.sock.recv(1 << 16)
+            data = self.sock.recv(self.buffer)
             replies.append(data)
             offset, done = 0, False
             while offset + 16 <= len(data):
@@ -181,6 +183,8 @@ def strace(argv, stdin=None):
             if dump:
                 data += bytes.fromhex(dump.group(1).replace(" ", ""))
                 continue
+            if line.startswith(" * "):  # "* 36 bytes in buffer 0": the dump of a recvmsg follows
+                continue
             flush()
             current, data = None, b""
             opened = re.search(r"socket\(AF_NETLINK, [^,]+, NETLINK_GENERIC\) = (\d+)", line)
@@ -212,8 +216,8 @@ def guest(results):
     # ---- what GET_DEVICE answers
     cases = []
 
-    def record_get(case, about, name, configured):
-        request, replies = netlink.get(name)
+    def record_get(case, about, name, configured, client=netlink):
+        request, replies = client.get(name)
         cases.append({"name": case, "about": about, "request": request.hex(), "replies": [r.hex() for r in replies], "device": configured})
 
     cases.append({"name": "family", "about": "CTRL_CMD_GETFAMILY of wireguard", "request": netlink.family_request.hex(),
@@ -252,7 +256,10 @@ def guest(results):
     split = {"listen_port": None, "fwmark": 0, "public_key": public, "peers": {
         b64(keys["one"]): {"endpoint": "198.18.0.11:51840", "keepalive": 0, "has_preshared_key": False, "allowed_ips": addresses},
         b64(keys["two"]): {"endpoint": None, "keepalive": 0, "has_preshared_key": False, "allowed_ips": ["192.0.2.1/32"]}}}
-    record_get("split_peer", "one peer with 600 allowed IPs, which the kernel splits over several messages, and one after it", name, split)
+    small = Netlink(buffer=8192)
+    record_get("one_datagram", "one peer with 600 allowed IPs and one after it, asked with a receive buffer of 64 KiB", name, split)
+    record_get("split_peer", "the same with a receive buffer of 8 KiB: the first peer comes in several messages, its later parts without "
+               "endpoint and counters", name, split, small)
 
     name = device("rec2")
     config, peers = ["[Interface]", "PrivateKey = " + b64(test_key("private"))], {}
@@ -263,8 +270,8 @@ def guest(results):
         config += ["[Peer]", "PublicKey = " + key, "Endpoint = " + peers[key]["endpoint"],
                    "AllowedIPs = " + ", ".join(peers[key]["allowed_ips"])]
     sh("wg", "setconf", name, "/dev/stdin", input="\n".join(config) + "\n")
-    record_get("sixty_peers", "60 peers, which take several messages", name,
-               {"listen_port": None, "fwmark": 0, "public_key": public, "peers": peers})
+    record_get("sixty_peers", "60 peers, which take several messages (receive buffer of 8 KiB)", name,
+               {"listen_port": None, "fwmark": 0, "public_key": public, "peers": peers}, small)
 
     # a device that has talked: handshake time and counters are not zero
     record_session(netlink, cases)
