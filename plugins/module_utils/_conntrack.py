@@ -341,10 +341,11 @@ class Conntrack:
         family = connection["family"]
         self.sequence += 3
         first, second, third = self.sequence - 2, self.sequence - 1, self.sequence
+        flags = NLM_F_REQUEST | NLM_F_ACK
         self.socket.send(
-            message(IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, family, first, delete_attributes(connection))
-            + message(IPCTNL_MSG_CT_NEW, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, family, second, create_attributes(connection))
-            + message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_ACK, family, third, delete_attributes(dict(connection, id=None))))
+            message(IPCTNL_MSG_CT_DELETE, flags, family, first, delete_attributes(connection))
+            + message(IPCTNL_MSG_CT_NEW, flags | NLM_F_CREATE | NLM_F_EXCL, family, second, create_attributes(connection))
+            + message(IPCTNL_MSG_CT_GET, flags, family, third, delete_attributes(dict(connection, id=None))))
         answers, made_id = {}, None
         while len(answers) < 3:
             for kind, sequence, body in messages(self.socket.recv(1 << 16)):

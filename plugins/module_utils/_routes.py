@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import POD_STARTERS
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_text
 
 ROUTES_UNIT = "kubemesh-routes.service"
@@ -19,12 +20,6 @@ ROUTES_FILES = {"ipv4": "/etc/kubemesh/routes-ipv4.batch", "ipv6": "/etc/kubemes
 RESTORE_SCRIPT = "/etc/kubemesh/restore-routes"
 RULES_FILES = {"ipv4": "/etc/kubemesh/rules-ipv4.batch", "ipv6": "/etc/kubemesh/rules-ipv6.batch"}
 
-# Everything that starts pods, in the distributions that name it differently. A unit that does not exist is no obstacle.
-POD_STARTERS = (
-    "kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service "
-    "k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service"
-)
-
 
 def read_state(system, table):
     """Live state of tables ``table`` and ``table`` + 1 and of the rules that point to them; foreign rules are left out."""
@@ -32,7 +27,7 @@ def read_state(system, table):
     for family in FAMILIES:
         for number in (table, table + 1):
             for item in system.ip_json(
-                    [FAMILY_OPTION[family], "route", "show", "table", str(number)], missing=("table does not exist", "Dump terminated")):
+                    [FAMILY_OPTION[family], "route", "show", "table", str(number)], missing=("table does not exist",)):
                 routes.append(plan.route_from_ip(item, family, number))
         for item in system.ip_json([FAMILY_OPTION[family], "rule", "show"], missing=("not supported",)):
             rule = plan.rule_from_ip(item, family)
@@ -65,15 +60,15 @@ def apply_steps(system, steps):
             family = step["route"]["family"]
             batch.append("route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])))
         else:
-            rule = step["rule"]
-            system.run(["ip", FAMILY_OPTION[rule["family"]], "rule", "add" if step["op"] == "add_rule" else "del"] + plan.rule_text(rule).split())
+            rule, verb = step["rule"], "add" if step["op"] == "add_rule" else "del"
+            system.run(["ip", FAMILY_OPTION[rule["family"]], "rule", verb] + plan.rule_text(rule).split())
 
 
 def wanted_files(state, interface, sysctl_file):
     """Files that bring a state back at boot: {path: (text or None, mode)}; all absent for an empty state."""
     if not state["routes"] and not state["rules"]:
         paths = [ROUTES_UNIT_FILE, RESTORE_SCRIPT] + list(ROUTES_FILES.values()) + list(RULES_FILES.values())
-        return {path: (None, 0o644) for path in paths}
+        return dict.fromkeys(paths, (None, 420))
     wanted = {
         ROUTES_UNIT_FILE: (unit_text(interface), 0o644),
         RESTORE_SCRIPT: (script_text(state, interface, sysctl_file), 0o755),
@@ -86,26 +81,26 @@ def wanted_files(state, interface, sysctl_file):
 
 def unit_text(interface):
     """The unit that fills the tables and adds the rules at boot, after the device and before pods start."""
-    return """\
+    return f"""\
 # Written by kubemesh.wireguard. Changes made here are lost.
 [Unit]
 Description=Routes and rules of the WireGuard mesh
 Documentation=man:ip-route(8) man:ip-rule(8)
 After=network.target systemd-networkd.service wg-quick@{interface}.service kubemesh-device@{interface}.service
-Before={pod_starters}
-ConditionPathExists={script}
+Before={POD_STARTERS}
+ConditionPathExists={RESTORE_SCRIPT}
 
 [Service]
 Type=oneshot
 RemainAfterExit=yes
 # More than the script waits for the device.
 TimeoutStartSec=150
-ExecStart=/bin/sh {script}
+ExecStart=/bin/sh {RESTORE_SCRIPT}
 # Nothing on stop: the mesh outlives its manager.
 
 [Install]
 WantedBy=multi-user.target
-""".format(interface=interface, pod_starters=POD_STARTERS, script=RESTORE_SCRIPT)
+"""
 
 
 def script_text(state, interface, sysctl_file):

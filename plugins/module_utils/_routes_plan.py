@@ -111,8 +111,8 @@ def same_route(one, other):
 def plan_routes(current, wanted):
     """Steps from one state to another: routes in, rules in, rules out, routes out.
 
-    Steps: {"op": "replace_route" | "remove_route", "route"}, {"op": "add_rule" | "remove_rule", "rule"}. A route that changes is replaced in
-    one kernel operation; a rule that stays is never touched.
+    Steps: {"op": "replace_route" | "remove_route", "route"}, {"op": "add_rule" | "remove_rule", "rule"}. A route that changes is replaced
+    in one kernel operation; a rule that stays is never touched.
     """
     have = {(route["table"], route["dst"]): route for route in current["routes"]}
     want = {(route["table"], route["dst"]): route for route in wanted["routes"]}
@@ -234,6 +234,7 @@ def rule_from_ip(item, family):
     source = "" if source == "all" else str(ipaddress.ip_network("%s/%s" % (source, item.get("srclen", 32 if family == "ipv4" else 128))))
     inverted = "not" in item
     mark = int(str(item.get("fwmark", "0")), 0)
+    ours = {"priority", "src", "srclen", "table", "not", "fwmark", "fwmask", "protocol"}
     return {
         "family": family,
         "priority": int(item.get("priority", 0)),
@@ -241,7 +242,7 @@ def rule_from_ip(item, family):
         "from": source,
         "not_fwmark": mark if inverted else 0,
         # Anything else on a rule (iif, a mark that is not inverted, suppressors) makes it another rule than ours.
-        "foreign": bool(set(item) - {"priority", "src", "srclen", "table", "not", "fwmark", "fwmask", "protocol"}) or bool(mark and not inverted),
+        "foreign": bool(set(item) - ours) or bool(mark and not inverted),
     }
 
 

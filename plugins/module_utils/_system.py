@@ -17,9 +17,7 @@ import os
 import stat
 import tempfile
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
-
-DOCUMENT_FILE = "/etc/kubemesh/mesh.json"
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, load_document
 
 FAMILY_OPTION = {"ipv4": "-4", "ipv6": "-6"}
 
@@ -107,6 +105,14 @@ def read_text(path):
         return None
     except OSError as exc:
         raise MeshError("%s cannot be read: %s" % (path, exc)) from None
+
+
+def read_document(path):
+    """The mesh document of a file on this node."""
+    text = read_text(path)
+    if text is None:
+        raise MeshError("document_file: %s is not there; run the exchange of keys first (playbook kubemesh.wireguard.enable)" % path)
+    return load_document(text)
 
 
 def file_mode(path):

@@ -1,0 +1,284 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+"""Accept: reads and programs a mesh device on this node. Decisions are in `_link_plan`, `_wg_plan` and `_persist`."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _persist, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._keys import public_key_of, read_private_key
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, family_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
+    FAMILY_OPTION,
+    apply_file_step,
+    plan_files,
+    read_sysctl,
+    read_text,
+    remove_empty_folders,
+    write_sysctl,
+    write_text,
+)
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg import client_for
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg_netlink import link_kinds
+
+# What the sysctls were before the mesh came, so that disable can give them back.
+SYSCTL_BEFORE = "/etc/kubemesh/sysctl-before.json"
+USERSPACE_COMMANDS = ("wireguard-go", "boringtun-cli", "boringtun")
+# Seconds; a userspace implementation answers within a fraction of one.
+SOCKET_WAIT = 10
+OWN_FOLDERS = ("/etc/kubemesh", "/run/kubemesh", "/etc/systemd/networkd.conf.d", "/etc/NetworkManager/conf.d")
+TEST_DEVICE = "kmtest0"
+
+
+def choose_implementation(system, wanted, link):
+    """(implementation, path of the userspace command or ""). What is running stays; then the kernel; then a userspace one."""
+    command = next((path for path in map(system.path, USERSPACE_COMMANDS) if path), "")
+    if wanted == "auto":
+        if link is not None and link["kind"] in ("wireguard", "tun"):
+            wanted = "kernel" if link["kind"] == "wireguard" else "userspace"
+        else:
+            wanted = "kernel" if kernel_has_wireguard(system) else "userspace"
+    if wanted == "userspace" and not command:
+        raise MeshError(
+            "implementation: the kernel of this node cannot create WireGuard devices and no userspace implementation (%s) is installed; "
+            "install wireguard-go, or a kernel with the wireguard module" % ", ".join(USERSPACE_COMMANDS))
+    return wanted, command if wanted == "userspace" else ""
+
+
+def kernel_has_wireguard(system):
+    """Whether the kernel can create a WireGuard device: the only test is to do it, a version says nothing. The device goes at once."""
+    if "wireguard" in link_kinds().values() or os.path.isdir("/sys/module/wireguard"):
+        return True
+    rc, dummy, dummy2 = system.try_run(["ip", "link", "add", "dev", TEST_DEVICE, "type", "wireguard"])
+    if rc == 0:
+        system.run(["ip", "link", "del", "dev", TEST_DEVICE])
+    return rc == 0
+
+
+def choose_persistence(system, wanted):
+    """``auto`` is wg-quick where it is installed, else networkd."""
+    if wanted != "auto":
+        return wanted
+    return "wg-quick" if system.path("wg-quick") else "systemd-networkd"
+
+
+def read_host(system, underlay):
+    """What else manages networks here: {"networkd", "networkmanager": bool, "underlay": [device]}."""
+    return {
+        "networkd": any(os.path.exists(path + "/systemd-networkd") for path in ("/usr/lib/systemd", "/lib/systemd")),
+        "networkmanager": os.path.isdir("/etc/NetworkManager"),
+        "underlay": underlay,
+    }
+
+
+def underlay_devices(system, addresses, endpoints, interface):
+    """Devices that WireGuard's own packets use: those that hold this node's addresses, and those on the way to the endpoints."""
+    found = set()
+    for link in system.ip_json(["addr", "show"]):
+        if any(item.get("local") in addresses for item in link.get("addr_info", [])):
+            found.add(link["ifname"])
+    for family in ("ipv4", "ipv6"):
+        targets = sorted({endpoint for endpoint in endpoints if family_of(endpoint) == family})
+        # One process for all: 5,000 peers would be 5,000.
+        out = system.try_run(
+            ["ip", FAMILY_OPTION[family], "-o", "-force", "-batch", "-"], data="".join("route get %s\n" % target for target in targets))[1]
+        words = out.split()
+        found.update(words[place + 1] for place, word in enumerate(words[:-1]) if word == "dev")
+    # A mesh device holds the node's addresses too, and lo answers for a node's own.
+    return sorted(name for name in found if name != "lo" and not is_generation(name, interface))
+
+
+def is_generation(name, interface):
+    """Whether a device is one of the two generations of the same mesh."""
+    stem = interface[:-1] if interface[-1:] in ("0", "1") else interface
+    return name in (interface, stem + "0", stem + "1")
+
+
+def read(system, interface):
+    """(link, WireGuard state) of a device; None, None where there is none."""
+    item = system.link(interface)
+    link = _link_plan.link_from_ip(item, system.addresses(interface) if item else [])
+    state = None
+    if link is not None and link["kind"] in ("wireguard", "tun"):
+        state = client_for(interface, run_command=system.module.run_command).read(interface)
+    return link, state
+
+
+def plan_present(system, wanted, host, current, check_mode):
+    """Everything to do for a device that shall be there: a dict of step lists in the order in which they are carried out.
+
+    wanted: as `_persist.boot_files` takes it, and "keep_unknown_peers".
+    """
+    link, state = current
+    interface = wanted["interface"]
+    _link_plan.check_kind(interface, wanted["implementation"], link)
+    _link_plan.check_mtu(wanted["mtu"], wanted["addresses"], interface)
+    before, after = _link_plan.plan_link(link, wanted)
+    files = plan_files(_persist.boot_files(wanted, host))
+    early = {_persist.NETWORKD_CONF, _persist.NETWORKMANAGER_CONF, _persist.USERSPACE_UNIT_FILE, _persist.paths_of(interface)["network"]}
+    paths = _persist.paths_of(interface)
+    last_text = read_text(paths["wg_quick"]) or read_text(paths["setconf"]) or ""
+    device = {
+        "public_key": own_public_key(system, wanted["private_key_file"], check_mode),
+        "private_key_file": wanted["private_key_file"],
+        "listen_port": wanted["listen_port"],
+        "fwmark": wanted["fwmark"],
+        "keep_unknown_peers": wanted["keep_unknown_peers"],
+        "peers": wanted["peers"],
+    }
+    units = []
+    for unit, enabled in _persist.boot_units(interface, wanted["persistence"]).items():
+        if system.unit(unit)["enabled"] != enabled:
+            units.append({"op": "enable_unit" if enabled else "disable_unit", "unit": unit})
+    sysctls = _persist.wanted_sysctls(interface, host["underlay"])
+    return {
+        "early_files": [step for step in files if step["path"] in early],
+        "link": before,
+        "device": _wg_plan.plan_device(state, device, _persist.endpoints_in(last_text)),
+        "sysctls": [
+            {"op": "set_sysctl", "name": name, "value": value, "before": read_sysctl(name)}
+            for name, value in sorted(sysctls.items()) if read_sysctl(name) != value],
+        "addresses": after,
+        # What restores the device last: an interrupted run must not leave files that know more than the device does.
+        "files": [step for step in files if step["path"] not in early],
+        "units": units,
+    }
+
+
+def own_public_key(system, path, check_mode):
+    """Public key of the key file; None in check mode where the file is still to be made."""
+    if check_mode and read_text(path) is None:
+        return None
+    private = read_private_key(path)
+    try:
+        return public_key_of(bytes(private), system.module.run_command, system.path("wg"))
+    finally:
+        for place in range(len(private)):
+            private[place] = 0
+
+
+def apply_present(system, wanted, plan):
+    """Carry out a plan of `plan_present`, in its order."""
+    interface = wanted["interface"]
+    for step in plan["early_files"]:
+        apply_file_step(step)
+    if plan["early_files"]:
+        tell_managers(system, interface, plan)
+    for step in plan["link"]:
+        if step["op"] == "create_link":
+            create_link(system, interface, step["implementation"])
+        else:
+            system.run(["ip", "link", "set", "dev", interface, "addrgenmode", "none"])
+    if plan["device"]:
+        client_for(interface, wait=SOCKET_WAIT, run_command=system.module.run_command).apply(interface, plan["device"])
+    remember_sysctls(plan["sysctls"], interface)
+    for step in plan["sysctls"]:
+        write_sysctl(step["name"], step["value"])
+    for step in plan["addresses"]:
+        apply_link_step(system, interface, step)
+    for step in plan["files"]:
+        apply_file_step(step)
+    if plan["units"] or any(step["path"].startswith("/etc/systemd/system/") for step in plan["files"]):
+        system.run(["systemctl", "daemon-reload"])
+    for step in plan["units"]:
+        system.run(["systemctl", "enable" if step["op"] == "enable_unit" else "disable", step["unit"]])
+
+
+def tell_managers(system, interface, plan):
+    """Make networkd, NetworkManager and systemd read the files that keep them away from the device, before it exists."""
+    paths = {step["path"] for step in plan["early_files"]}
+    if _persist.USERSPACE_UNIT_FILE in paths:
+        system.run(["systemctl", "daemon-reload"])
+    if _persist.NETWORKMANAGER_CONF in paths and system.unit("NetworkManager.service")["active"]:
+        system.try_run(["nmcli", "general", "reload", "conf"])
+    creates = any(step["op"] == "create_link" for step in plan["link"])
+    # Only where a file of somebody's would catch the device: a reload also makes networkd take up whatever else was edited.
+    if creates and system.unit("systemd-networkd.service")["active"] and caught_by(interface):
+        system.run(["networkctl", "reload"])
+
+
+def caught_by(interface):
+    """Files other than ours that would make networkd manage the device."""
+    own = _persist.paths_of(interface)["network"]
+    found = []
+    for folder in ("/etc/systemd/network", "/run/systemd/network", "/usr/lib/systemd/network", "/lib/systemd/network"):
+        for path in sorted(glob.glob(folder + "/*.network")):
+            if path != own and _persist.catches(read_text(path) or "", interface):
+                found.append(path)
+    return found
+
+
+def create_link(system, interface, implementation):
+    """Make the device: the kernel's, or by starting the unit of a userspace implementation."""
+    if implementation == "kernel":
+        system.run(["ip", "link", "add", "dev", interface, "type", "wireguard"])
+    else:
+        system.run(["systemctl", "start", "kubemesh-userspace@%s.service" % interface])
+
+
+def apply_link_step(system, interface, step):
+    """Carry out one step on the link."""
+    if step["op"] == "set_mtu":
+        system.run(["ip", "link", "set", "dev", interface, "mtu", str(step["mtu"])])
+    elif step["op"] == "set_up":
+        system.run(["ip", "link", "set", "dev", interface, "up"])
+    elif step["op"] == "add_address":
+        # Without duplicate address detection: the node's own address is on another of its devices as well, by design.
+        option = ["nodad"] if ":" in step["address"] else []
+        system.run(["ip", "addr", "add", step["address"], "dev", interface] + option)
+    else:
+        system.run(["ip", "addr", "del", step["address"], "dev", interface])
+
+
+def remember_sysctls(steps, interface):
+    """Keep the values that other devices had before the mesh, once; the mesh device's own go with it."""
+    before = json.loads(read_text(SYSCTL_BEFORE) or "{}")
+    new = {
+        step["name"]: step["before"] for step in steps
+        if step["before"] is not None and step["name"] not in before and not is_generation(step["name"].split("/")[3], interface)}
+    if new:
+        write_text(SYSCTL_BEFORE, json.dumps(dict(before, **new), sort_keys=True) + "\n", 0o644)
+
+
+def plan_absent(system, interface, current):
+    """Everything to do for a device that shall not be there."""
+    link, dummy = current
+    units = [
+        {"op": "disable_unit", "unit": unit}
+        for unit in _persist.boot_units(interface, "none") if system.unit(unit)["enabled"]]
+    before = json.loads(read_text(SYSCTL_BEFORE) or "{}")
+    return {
+        "units": units,
+        "link": [{"op": "remove_link"}] if link is not None else [],
+        "sysctls": [
+            {"op": "set_sysctl", "name": name, "value": value, "before": read_sysctl(name)}
+            for name, value in sorted(before.items()) if read_sysctl(name) not in (None, value)],
+        "files": plan_files(dict(_persist.absent_files(interface), **{SYSCTL_BEFORE: (None, 0o644)})),
+    }
+
+
+def apply_absent(system, interface, plan):
+    """Carry out a plan of `plan_absent`."""
+    for step in plan["units"]:
+        system.run(["systemctl", "disable", step["unit"]])
+    userspace = "kubemesh-userspace@%s.service" % interface
+    for unit in list(_persist.boot_units(interface, "none")) + [userspace]:
+        # After a reboot these units are what made the device; stopping wg-quick's removes it.
+        if system.unit(unit)["active"]:
+            system.run(["systemctl", "stop", unit])
+    if system.link(interface) is not None:
+        system.run(["ip", "link", "del", "dev", interface])
+    for step in plan["sysctls"]:
+        write_sysctl(step["name"], step["value"])
+    for step in plan["files"]:
+        apply_file_step(step)
+    if any(step["path"].startswith("/etc/systemd/system/") for step in plan["files"]) or plan["units"]:
+        system.run(["systemctl", "daemon-reload"])
+    remove_empty_folders(("/etc/systemd/system/wg-quick@%s.service.d" % interface,) + OWN_FOLDERS)

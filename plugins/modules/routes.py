@@ -1,0 +1,341 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: routes
+short_description: The mesh's routing tables and policy rules
+version_added: 1.0.0
+author:
+  - Kubemesh contributors (@kubemesh)
+description:
+  - Fills two routing tables with the routes to the peers of this node, and adds or deletes the policy rules that make the node use
+    them, live and for the next boot.
+  - Table O(table) holds the pod CIDRs of every proven peer, the next table their node addresses. Both are complete before any rule points
+    to them, so that what moves the traffic of a node is the addition or deletion of a rule.
+  - Routes change one by one; a route or rule that stays is not touched.
+  - Connections whose source is masqueraded are carried over to the new device. The kernel by itself drops a packet of each of them
+    and forgets it.
+  - Only the tables O(table) and the next, and rules that point to them, are looked at. Routes and rules of others stay as they are.
+extends_documentation_fragment:
+  - kubemesh.wireguard._attributes
+  - kubemesh.wireguard._attributes.actiongroup_mesh
+  - kubemesh.wireguard._attributes.node
+  - kubemesh.wireguard._mesh_document
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+options:
+  state:
+    description:
+      - With V(present) the tables are filled, and the rules follow O(send).
+      - With V(absent) the rules, then the routes, then the files that restore them are removed.
+    type: str
+    choices:
+      - present
+      - absent
+    default: present
+  send:
+    description:
+      - Whether this node sends through the mesh, that is, whether the rules exist.
+      - With V(false) the tables are filled and not used.
+    type: bool
+    default: false
+  interface:
+    description:
+      - Mesh device that the routes point to.
+    type: str
+    default: wgmesh0
+  peers:
+    description:
+      - Which peers get routes. V(proven) are those that M(kubemesh.wireguard.probe) reached through the tunnel, see O(proof_file).
+        In check mode every peer counts as proven where there is no proof yet.
+      - V(all) is every peer of the mesh document.
+    type: str
+    choices:
+      - proven
+      - all
+    default: proven
+  unproven:
+    description:
+      - What becomes of the routes of a peer that has some and is not proven now.
+      - V(keep) leaves them, as the peer may only be away. V(drop) removes them, and the traffic takes the way of the CNI again.
+    type: str
+    choices:
+      - keep
+      - drop
+    default: keep
+  proof_file:
+    description:
+      - Where M(kubemesh.wireguard.probe) left its result on this node.
+      - The default is C(/run/kubemesh/proof-INTERFACE.json).
+    type: path
+  table:
+    description:
+      - Routing table of the pod CIDRs. The next one holds the node addresses.
+      - The default is outside of what kube-proxy, Calico (1 to 250), Cilium, AWS VPC CNI, Tailscale and wg-quick use.
+    type: int
+    default: 51840
+  rule_priority:
+    description:
+      - Priority of the first rule; the next two are used as well.
+    type: int
+    default: 400
+  fwmark:
+    description:
+      - Mark on the packets of WireGuard itself, which must not match O(encrypt=nodes).
+    type: int
+    default: 4096
+  encrypt:
+    description:
+      - V(pods) steers what goes to pods, and what comes from local pods and goes to nodes.
+      - V(nodes) steers what goes from node to node as well.
+    type: str
+    choices:
+      - pods
+      - nodes
+    default: pods
+  persist:
+    description:
+      - Whether the routes and rules are brought back at boot, by C(kubemesh-routes.service).
+    type: bool
+    default: true
+seealso:
+  - module: kubemesh.wireguard.interface
+  - module: kubemesh.wireguard.probe
+"""
+
+EXAMPLES = r"""
+- name: Fill the tables, without using them
+  kubemesh.wireguard.routes:
+    node: worker-1
+
+- name: Send through the mesh
+  kubemesh.wireguard.routes:
+    node: worker-1
+    send: true
+
+- name: Back to the way of the CNI, nothing left behind
+  kubemesh.wireguard.routes:
+    state: absent
+"""
+
+RETURN = r"""
+sending:
+  description: Whether the rules exist after this task.
+  returned: always
+  type: bool
+  sample: true
+routed_peers:
+  description: Number of peers that have routes after this task.
+  returned: always
+  type: int
+  sample: 4
+unrouted_peers:
+  description: Peers of the mesh document that have pod CIDRs or addresses and no routes, at most 50 of them.
+  returned: always
+  type: list
+  elements: str
+  sample: ["worker-7"]
+kept_peers:
+  description: Peers that are not proven now and keep the routes they have, at most 50 of them.
+  returned: always
+  type: list
+  elements: str
+  sample: []
+carried_connections:
+  description: Number of masqueraded connections that were carried over to another device.
+  returned: always
+  type: int
+  sample: 12
+steps:
+  description: What was done, or would be done in check mode, in this order; at most 200 lines.
+  returned: always
+  type: list
+  elements: str
+  sample: ["add rule priority 400 from all lookup 51840"]
+"""
+
+import json
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, node_entry
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
+    System,
+    apply_file_step,
+    plan_files,
+    read_document,
+    read_text,
+    remove_empty_folders,
+)
+
+# Items; results must stay small at 5,000 nodes, the node has the rest.
+NAMES_SHOWN = 50
+STEPS_SHOWN = 200
+
+
+def proven_peers(params, check_mode):
+    """Names that the last probe of this node proved, or None where every peer counts."""
+    path = params["proof_file"] or "/run/kubemesh/proof-%s.json" % params["interface"]
+    text = read_text(path)
+    if params["peers"] == "all" or (check_mode and text is None):
+        return None
+    if text is None:
+        raise MeshError("proof_file: %s is not there; run kubemesh.wireguard.probe on this node first, or take peers=all" % path)
+    try:
+        return {name for name, result in json.loads(text)["peers"].items() if result["proven"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise MeshError("proof_file: %s is damaged (%s); run kubemesh.wireguard.probe on this node again" % (path, exc)) from None
+
+
+def wanted_of(params, stored, check_mode):
+    """(wanted state, document or None, proven peers or None) for the arguments of a task."""
+    if params["state"] == "absent":
+        return {"routes": [], "rules": []}, None, None
+    if not params["node"]:
+        raise MeshError("node: the name of this host in the mesh document is needed for state=present")
+    settings = {key: params[key] for key in ("interface", "table", "rule_priority", "fwmark", "encrypt", "send", "unproven")}
+    plan.check_settings(settings)
+    doc = read_document(params["document_file"])
+    node_entry(doc, params["node"])
+    proven = proven_peers(params, check_mode)
+    return plan.wanted_state(doc, params["node"], settings, proven, stored), doc, proven
+
+
+def step_text(step):
+    """One step for people."""
+    verbs = {"replace_route": "set route", "remove_route": "remove route", "add_rule": "add rule", "remove_rule": "remove rule"}
+    if "route" in step:
+        return "%s %s" % (verbs[step["op"]], plan.route_text(step["route"]))
+    if "rule" in step:
+        return "%s %s%s" % (verbs[step["op"]], plan.rule_text(step["rule"]), " (IPv6)" if step["rule"]["family"] == "ipv6" else "")
+    return "%s %s" % (step["op"].replace("_", " "), step["path"] if "path" in step else step["unit"])
+
+
+def apply_live(system, current, wanted, steps):
+    """Carry out the kernel's part. Returns the number of connections carried over.
+
+    Connections are carried over as late as possible before their packets change devices, and once more after it, for those that came
+    meanwhile.
+    """
+    moved = plan.moved_destinations(current, wanted)
+    carried = 0
+    for ops in (("replace_route",), ("add_rule", "remove_rule"), ("remove_route",)):
+        part = [step for step in steps if step["op"] in ops]
+        moves = bool(moved and part) and (ops[0] == "add_rule" or (bool(current["rules"]) and bool(wanted["rules"])))
+        if moves:
+            carried += carry_over(moved)["replaced"]
+        live.apply_steps(system, part)
+        if moves:
+            carried += carry_over(moved, passes=1)["replaced"]
+    return carried
+
+
+def unit_steps(system, wanted_enabled, file_steps):
+    """What systemd must be told."""
+    unit_changes = any(step["path"] == live.ROUTES_UNIT_FILE for step in file_steps)
+    if not unit_changes and system.unit(live.ROUTES_UNIT)["enabled"] == wanted_enabled:
+        return []
+    return [{"op": "enable_unit" if wanted_enabled else "disable_unit", "unit": live.ROUTES_UNIT}]
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "send": {"type": "bool", "default": False},
+            "interface": {"type": "str", "default": "wgmesh0"},
+            "document_file": {"type": "path", "default": "/etc/kubemesh/mesh.json"},
+            "node": {"type": "str"},
+            "peers": {"type": "str", "choices": ["proven", "all"], "default": "proven"},
+            "unproven": {"type": "str", "choices": ["keep", "drop"], "default": "keep"},
+            "proof_file": {"type": "path"},
+            "table": {"type": "int", "default": 51840},
+            "rule_priority": {"type": "int", "default": 400},
+            "fwmark": {"type": "int", "default": 4096},
+            "encrypt": {"type": "str", "choices": ["pods", "nodes"], "default": "pods"},
+            "persist": {"type": "bool", "default": True},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(**converge(module, System(module)))
+    except MeshError as exc:
+        module.fail_json(msg=str(exc))
+
+
+def converge(module, system):
+    """Read, plan, apply, report: the result of the module."""
+    params = module.params
+    stored = live.stored_routes()
+    wanted, doc, proven = wanted_of(params, stored, module.check_mode)
+    current = live.read_state(system, params["table"])
+    steps = plan.plan_routes(current, wanted)
+    boot = wanted if params["persist"] else {"routes": [], "rules": []}
+    file_steps = plan_files(live.wanted_files(boot, params["interface"], SYSCTL_FILE))
+    units = unit_steps(system, bool(boot["routes"] or boot["rules"]), file_steps)
+
+    carried = 0
+    if not module.check_mode:
+        # Files first on the way in, last on the way out: a node that reboots in between comes back as it was, or as it shall be.
+        on_the_way_out = params["state"] == "absent"
+        if not on_the_way_out:
+            apply_files(system, file_steps, units)
+        carried = apply_live(system, current, wanted, steps)
+        if on_the_way_out:
+            apply_files(system, file_steps, units)
+            remove_empty_folders(["/etc/kubemesh"])
+
+    names = {(route["table"], route["dst"]): route["peer"] for route in stored + wanted["routes"]}
+    routed = {route["peer"] for route in wanted["routes"]}
+    result = {
+        "changed": bool(steps or file_steps or units),
+        "sending": bool(wanted["rules"]),
+        "routed_peers": len(routed),
+        "unrouted_peers": [],
+        "kept_peers": [],
+        "carried_connections": carried,
+        "steps": [step_text(step) for step in (steps + file_steps + units)[:STEPS_SHOWN]],
+    }
+    if doc is not None:
+        expected = {peer for entries in plan.table_routes(doc, params["node"]).values() for dummy, peer in entries}
+        result["unrouted_peers"] = sorted(expected - routed)[:NAMES_SHOWN]
+        if proven is not None:
+            result["kept_peers"] = sorted(routed - proven)[:NAMES_SHOWN]
+    if module._diff:
+        result["diff"] = [{
+            "before_header": "routes and rules in the kernel", "after_header": "routes and rules in the kernel",
+            "before": plan.state_as_text(current, names), "after": plan.state_as_text(wanted, names),
+        }] + [{
+            "before_header": step["path"], "after_header": step["path"], "before": step["before"] or "", "after": step.get("after", ""),
+        } for step in file_steps]
+    return result
+
+
+def apply_files(system, file_steps, units):
+    """Write or remove the files of the boot, and tell systemd."""
+    if units and units[0]["op"] == "disable_unit":
+        system.run(["systemctl", "disable", "--now", units[0]["unit"]])
+    for step in file_steps:
+        apply_file_step(step)
+    if units:
+        system.run(["systemctl", "daemon-reload"])
+        if units[0]["op"] == "enable_unit":
+            system.run(["systemctl", "enable", units[0]["unit"]])
+
+
+if __name__ == "__main__":
+    main()
