@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import ctypes
 import errno
 import ipaddress
 import json
@@ -186,7 +187,7 @@ class Traffic:
 
 
 def start_pings(lab, kinds=KINDS, families=None, rate=20, flows=None, size=64):
-    """ICMP echo on every flow of the matrix, rate packets/s each, size bytes of payload (at least 24)."""
+    """ICMP echo on every flow of the matrix, rate packets/s each, size bytes of payload (at least 8)."""
     return Traffic(lab, "pings", {"flows": flows if flows is not None else matrix(lab, kinds, families), "rate": rate,
                                   "size": size}).start()
 
@@ -365,16 +366,16 @@ class Pings(Loop):
         for index, spec in enumerate(self.config["flows"]):
             self.flows.append({**spec, "id": (self.base + index) & 0xffff, "seq": 0, "out": {}, "sent": 0, "received": 0, "late": 0,
                                "duplicates": 0, "lost_at": [], "errors": collections.Counter(), "sources": collections.Counter(),
-                               "due": 0.0, "last": None, "gap": 0.0})
+                               "last": None, "gap": 0.0})
         self.by_id = {(flow["family"], flow["id"]): flow for flow in self.flows}
         if len(self.by_id) != len(self.flows):
             raise labs.LabError("more than 65536 flows of one family")
         self.sockets, self.watchers, self.identity, self.old_drops = {}, {}, {}, 0
-        self.padding = bytes(max(0, self.config["size"] - 24))
-        now = time.monotonic() + 0.05
-        for index, flow in enumerate(self.flows):
-            flow["due"] = now + self.period * index / len(self.flows)  # spread evenly, no bursts
+        self.body = self.cookie + bytes(max(0, self.config["size"] - 8))
+        for flow in self.flows:
+            flow["sum"] = ~checksum(struct.pack("!BBHHH", 8, 0, 0, flow["id"], 0) + self.body) & 0xffff
         self._open_all()
+        self.turn, self.due = 0, time.monotonic()
         self.next_check = time.monotonic() + 0.5
 
     def _open_all(self):
@@ -428,9 +429,8 @@ class Pings(Loop):
         at, request = (20, 8) if family == "ipv4" else (0, 128)
         code = [(0x30, 0, 0, at), (0x15, 0, 4, request), (0x28, 0, 0, at + 6), (0x54, 0, 0, self.SAMPLE - 1), (0x15, 0, 1, 0),
                 (0x06, 0, 0, 0xffff), (0x06, 0, 0, 0)]
-        # Too small a jump target above would pass everything: the two returns are the 6th and 7th instruction.
+        # Load the type; not a request: to the last line. Load the sequence number; not every 16th: to the last line.
         program = b"".join(struct.pack("=HBBI", *word) for word in code)
-        import ctypes
         buffer = ctypes.create_string_buffer(program)
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(code), ctypes.addressof(buffer)))
         self.watchers[host, family] = sock
@@ -453,34 +453,34 @@ class Pings(Loop):
             self.next_check = now + 0.5
             self._open_all()
             self._expire(now)
-        following = now + self.period
-        for flow in self.flows:
-            if flow["due"] <= now:
-                self._send(flow)
-                flow["due"] += self.period
-                if flow["due"] < now - 1.0:
-                    flow["due"] = now  # the machine slept: do not send a second's worth at once
-            following = min(following, flow["due"])
-        return max(following, now + 0.002)
+        # One ring of all flows, spread evenly over the period, so that there are no bursts.
+        step = self.period / len(self.flows)
+        if self.due < now - 1.0:
+            self.due = now  # the machine slept: do not send a second's worth at once
+        while self.due <= now:
+            self._send(self.flows[self.turn])
+            self.turn = (self.turn + 1) % len(self.flows)
+            self.due += step
+        return max(self.due, now + 0.002)
 
     def _send(self, flow):
         seq = flow["seq"]
         flow["seq"] = (seq + 1) & 0xffff
-        now = time.monotonic()
-        body = self.cookie + struct.pack("!d", now) + self.padding
         if flow["family"] == "ipv4":
-            head = struct.pack("!BBHHH", 8, 0, 0, flow["id"], seq)
-            head = struct.pack("!BBHHH", 8, 0, checksum(head + body), flow["id"], seq)
+            # RFC 1624: from the sum of the rest to the sum with this sequence number.
+            total = flow["sum"] + seq
+            total = (total & 0xffff) + (total >> 16)
+            head = struct.pack("!BBHHH", 8, 0, ~((total & 0xffff) + (total >> 16)) & 0xffff, flow["id"], seq)
         else:
             head = struct.pack("!BBHHH", 128, 0, 0, flow["id"], seq)  # the kernel fills in the ICMPv6 checksum (RFC 3542, 3.1)
         flow["sent"] += 1
-        flow["out"][seq] = (now, time.time())
+        flow["out"][seq] = (time.monotonic(), time.time())
         sock = self.sockets.get((flow["source"], flow["family"]))
         if sock is None:
             flow["errors"]["no namespace"] += 1
             return
         try:
-            sock.sendto(head + body, (flow["address"], 0))
+            sock.sendto(head + self.body, (flow["address"], 0))
         except OSError as error:
             flow["errors"][errno.errorcode.get(error.errno, str(error.errno))] += 1
 
@@ -863,28 +863,27 @@ class Markers(Loop):
         for host, family in {(flow["source"], flow["family"]) for flow in self.flows}:
             self.udp[host, family] = open_socket(self.lab, host, family, socket.SOCK_DGRAM)
         now = time.monotonic()
-        for index, flow in enumerate(self.flows):
-            flow["udp_due"] = now + index / len(self.flows) / self.config["rate"]
-            flow["tcp_due"] = now + 0.2 + index / len(self.flows)
+        self.turns = [{"send": send, "rate": rate, "next": 0, "due": now}
+                      for send, rate in ((self._send_udp, self.config["rate"]), (self._send_tcp, self.config["tcp_rate"])) if rate]
 
     def marker(self, index):
         # Twice, so that one cut by a segment boundary is still seen.
         return (self.key + struct.pack("!I", index)) * 2
 
     def tick(self, now):
-        following = now + 0.1
-        for index, flow in enumerate(self.flows):
-            if flow["udp_due"] <= now:
-                flow["udp_due"] = max(flow["udp_due"] + 1 / self.config["rate"], now - 1.0)
-                with contextlib.suppress(OSError):
-                    self.udp[flow["source"], flow["family"]].sendto(
-                        b"udp-" + self.marker(index), (flow["address"], self.ports[flow["target"], flow["family"]]))
-                flow["udp_sent"] += 1
-            following = min(following, flow["udp_due"])
-            if self.config["tcp_rate"] and flow["tcp_due"] <= now:
-                flow["tcp_due"] = max(flow["tcp_due"] + 1 / self.config["tcp_rate"], now - 1.0)
-                self._send_tcp(index, flow)
-        return max(following, now + 0.002)
+        for turn in self.turns:
+            turn["due"] = max(turn["due"], now - 1.0)
+            while turn["due"] <= now:
+                turn["send"](turn["next"], self.flows[turn["next"]])
+                turn["next"] = (turn["next"] + 1) % len(self.flows)
+                turn["due"] += 1 / turn["rate"] / len(self.flows)
+        return max(min([turn["due"] for turn in self.turns] + [now + 0.1]), now + 0.002)
+
+    def _send_udp(self, index, flow):
+        flow["udp_sent"] += 1
+        with contextlib.suppress(OSError):
+            self.udp[flow["source"], flow["family"]].sendto(
+                b"udp-" + self.marker(index), (flow["address"], self.ports[flow["target"], flow["family"]]))
 
     def _send_tcp(self, index, flow):
         if flow["sender"] is None:
