@@ -1,0 +1,221 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+"""The live mesh joined with the mesh document: what each peer is called, what lies behind it, and whether its traffic is encrypted.
+
+Pure: standard library only, no I/O, no clock, Python 3.8 and newer. A picture of the wanted state alone would lie, so nothing here is
+concluded from the document: a peer is "encrypted" when the kernel has the peer, the routes, the rule, and a handshake.
+"""
+
+from __future__ import annotations
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import family_of, host_cidr, peers_of
+
+# Seconds. A session is renewed after 120 and refused after 180 (REJECT_AFTER_TIME, whitepaper section 6.1); with 5 s retries for 90 s
+# (REKEY_ATTEMPT_TIME) a peer that talks has a handshake younger than this.
+HANDSHAKE_FRESH = 275
+
+STATES = ("encrypted", "idle", "accepting", "partial", "no handshake", "missing", "no key", "excluded", "unknown")
+
+
+def steered(routes_state, node_families):
+    """What the rules make of the tables: {"pods": set of families whose rule for pod CIDRs is there, "nodes": the same of host encryption}."""
+    pods, nodes = set(), set()
+    tables = sorted({rule["table"] for rule in routes_state["rules"]})
+    for rule in routes_state["rules"]:
+        if rule["not_fwmark"]:
+            nodes.add(rule["family"])
+        elif not rule["from"] and rule["table"] == tables[0]:
+            pods.add(rule["family"])
+    return {"pods": pods & node_families, "nodes": nodes & node_families}
+
+
+def join(doc, node, generation, device, routes_state, interface, now):
+    """Rows of a node's peers, sorted by name.
+
+    :param device: WireGuard state as `read` returns it, or None when there is no device.
+    :param routes_state: as `_routes.read_state` returns it.
+    :param now: seconds since the epoch by the clock that the handshakes were taken with, the node's own.
+    :returns: [{"name", "public_key", "endpoint", "addresses", "handshake_age": seconds or None, "rx_bytes", "tx_bytes", "state", "reason",
+        "routed": bool}]
+    """
+    generation = str(generation)
+    entry = doc["nodes"][node]
+    families = {family_of(text) for text in entry["node_addresses"] + entry["pod_cidrs"]}
+    rules = steered(routes_state, families)
+    routes = {route["dst"] for route in routes_state["routes"] if route["dev"] == interface and route["type"] == "unicast"}
+    live = device["peers"] if device else {}
+    wanted = peers_of(doc, node, generation) if generation in entry["public_keys"] and entry["state"] != "excluded" else {}
+    keys = {peer["name"]: key for key, peer in wanted.items()}
+    rows = []
+    for name, other in doc["nodes"].items():
+        if name != node:
+            key = keys.get(name)
+            rows.append(_row(name, key, other, live.get(key), wanted.get(key), families, rules, routes, now))
+    for key in sorted(set(live) - set(wanted)):
+        rows.append(_row("(unknown)", key, None, live[key], None, families, rules, routes, now))
+    return sorted(rows, key=lambda row: (row["name"], row["public_key"] or ""))
+
+
+def _row(name, key, other, peer, wanted, families, rules, routes, now):
+    row = {
+        "name": name,
+        "public_key": key,
+        "endpoint": peer["endpoint"] if peer else None,
+        "addresses": peer["allowed_ips"] if peer else [],
+        "handshake_age": max(0, int(now - peer["last_handshake"])) if peer and peer["last_handshake"] else None,
+        "rx_bytes": peer["rx_bytes"] if peer else 0,
+        "tx_bytes": peer["tx_bytes"] if peer else 0,
+        "routed": False,
+    }
+    row["state"], row["reason"] = _state(row, other, peer, wanted, families, rules, routes)
+    return row
+
+
+def _state(row, other, peer, wanted, families, rules, routes):
+    """(state, reason) of one peer; sets ``routed``."""
+    if other is None:
+        return "unknown", "a peer of the device that is not in the mesh document"
+    if other["state"] == "excluded":
+        return "excluded", other["reason"]
+    if wanted is None:
+        return "no key", other["reason"] or "no public key of this node is known"
+    if peer is None:
+        return "missing", "not a peer of the device; run the playbook enable or reconcile"
+    gone = sorted(set(wanted["allowed_ips"]) - set(peer["allowed_ips"]))
+    if gone:
+        return "partial", "not accepted from this peer: %s" % ", ".join(gone)
+    prefixes = [cidr for cidr in other["pod_cidrs"] if family_of(cidr) in families]
+    sent = [cidr for cidr in prefixes if cidr in routes and family_of(cidr) in rules["pods"]]
+    row["routed"] = bool(sent)
+    if prefixes and not sent:
+        return "accepting", "traffic to its pods takes the way of the CNI, in clear"
+    if len(sent) < len(prefixes):
+        return "partial", "in clear: %s" % ", ".join(sorted(set(prefixes) - set(sent)))
+    nodes = [host_cidr(text) for text in other["node_addresses"] if family_of(text) in rules["nodes"]]
+    missing = [text for text in nodes if text not in routes]
+    if missing:
+        return "partial", "in clear: %s" % ", ".join(missing)
+    if row["handshake_age"] is None:
+        return "no handshake", "traffic is sent into the tunnel, and the peer never answered"
+    if row["handshake_age"] > HANDSHAKE_FRESH:
+        return "idle", "no traffic for %d s; probe it to know" % row["handshake_age"]
+    return "encrypted", ""
+
+
+def counts(rows):
+    """{state: number of peers}, states that occur only, in the order of STATES."""
+    found = {}
+    for state in STATES:
+        number = sum(1 for row in rows if row["state"] == state)
+        if number:
+            found[state] = number
+    return found
+
+
+# --- for people --------------------------------------------------------------------------------------------------------------------------
+
+def age_text(seconds):
+    """``8 s``, ``3 min``, ``2 h``, ``4 d``, ``never``."""
+    if seconds is None:
+        return "never"
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return "%d %s" % (seconds // size, unit)
+    return "%d d" % (seconds // 86400)
+
+
+def bytes_text(number):
+    """``812 B``, ``14.2 KiB``, ``3.1 GiB``."""
+    size = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return "%d %s" % (size, unit) if unit == "B" else "%.1f %s" % (size, unit)
+        size /= 1024
+    return "%.1f TiB" % size
+
+
+def columns(rows):
+    """Rows of text cells as lines with aligned columns; the first row is the head."""
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return lines
+
+
+def mesh_table(nodes, only_problems=False):
+    """The mesh for people, a block per node.
+
+    :param nodes: [{"node", "interface", "implementation", "sending", "peers": rows} | {"node", "error": text}], in the order to print.
+    :param only_problems: leave out peers that are encrypted.
+    :returns: list of lines.
+    """
+    lines = []
+    for info in nodes:
+        if info.get("error"):
+            lines += ["%s: %s" % (info["node"], info["error"]), ""]
+            continue
+        lines.append("%s: %s (%s), %s, %s" % (
+            info["node"], info["interface"], info["implementation"],
+            "sends through the mesh" if info["sending"] else "does not send through the mesh",
+            ", ".join("%d %s" % (number, state) for state, number in counts(info["peers"]).items()) or "no peers"))
+        shown = [row for row in info["peers"] if not (only_problems and row["state"] == "encrypted")]
+        if shown:
+            table = [["PEER", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT", "STATE", "BEHIND IT"]]
+            for row in shown:
+                behind = [text for text in row["addresses"] if not text.startswith("fe80:")]
+                table.append([
+                    row["name"], row["endpoint"] or "-", age_text(row["handshake_age"]), bytes_text(row["rx_bytes"]),
+                    bytes_text(row["tx_bytes"]), row["state"], ", ".join(behind) or "-"])
+            lines += ["  " + line for line in columns(table)]
+            lines += ["  %s: %s" % (row["name"], row["reason"]) for row in shown if row["reason"]]
+        lines += ["  " + text for text in info.get("warnings", [])]
+        lines.append("")
+    return lines
+
+
+# --- a rollout in batches ----------------------------------------------------------------------------------------------------------------
+
+def batches(hosts, sizes):
+    """Hosts cut into batches, in their order.
+
+    :param sizes: numbers or percentages of all hosts; the last one repeats, as with ``serial`` of a play.
+    :raises ValueError: for a size that is none.
+    """
+    if not isinstance(sizes, (list, tuple)):
+        sizes = [sizes]
+    if not sizes:
+        raise ValueError("mesh_batch: an empty list; give numbers or percentages such as [1, \"25%\", \"100%\"]")
+    cut, rest, place = [], list(hosts), 0
+    while rest:
+        size = sizes[min(place, len(sizes) - 1)]
+        number = batch_size(size, len(hosts))
+        cut.append(rest[:number])
+        rest = rest[number:]
+        place += 1
+    return cut
+
+
+def batch_size(size, total):
+    """One size as a number of hosts, at least 1."""
+    text = str(size).strip()
+    digits = text[:-1] if text.endswith("%") else text
+    if isinstance(size, bool) or not digits.isdigit() or int(digits) < 1 or (text.endswith("%") and int(digits) > 100):
+        raise ValueError("mesh_batch: %r is not a number of hosts from 1 on, nor a percentage from 1%% to 100%%" % (size,))
+    return max(1, total * int(digits) // 100) if text.endswith("%") else int(digits)
+
+
+def progress_line(done, total, proven, expected, started, now):
+    """One line per batch: nodes done of all, peers proven, time left.
+
+    ``started`` and ``now`` are seconds of the same clock. The time left assumes that the rest takes as long per node as what was done.
+    """
+    left = (now - started) / done * (total - done) if done else 0
+    text = "%d of %d nodes done, %d of %d peers proven" % (done, total, proven, expected)
+    return text + (", about %s left" % age_text(int(left) + 1) if done < total else "")
