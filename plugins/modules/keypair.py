@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 ---
 module: keypair
 short_description: Keep the WireGuard key pair of a node
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - Makes an X25519 private key on the node, in a file that only root can read, and returns the public key.
   - The private key never leaves the node. It is in no result, diff, log or process argument, and no option takes or returns it.
