@@ -386,7 +386,7 @@ def molecule(context):
     need_root()
     root = prepare.copy_tree(context.work)
     env = environment(context, ANSIBLE_COLLECTIONS_PATH=f"{context.work}{os.pathsep}{prepare.other_collections(tool(context, 'python'))}")
-    context.run([tool(context, "molecule"), "test"], cwd=root / "extensions", env=env)
+    context.run([tool(context, "molecule"), "test"], cwd=root, env=env)
 
 
 @check("kernel", timeout=720, cores=2)

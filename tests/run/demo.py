@@ -163,13 +163,11 @@ def down():
             shutil.rmtree(path)
         else:
             Path(path).unlink(missing_ok=True)
-    for directory in ("locks", "venv"):
-        # Only when they are empty: another run may have made things of its own.
-        path = prepare.cache_dir() / directory
-        if path.is_dir() and not any(entry.stat().st_size for entry in path.iterdir()):
-            shutil.rmtree(path)
-    if not any(prepare.cache_dir().iterdir()):
-        prepare.cache_dir().rmdir()
+    # Empty directories go as well, but locks only with the last of what they guard.
+    cache = prepare.cache_dir()
+    for directory in (cache / "venv", cache):
+        if directory.is_dir() and all(path.name == "locks" or path.suffix == ".lock" for path in directory.iterdir()):
+            shutil.rmtree(directory)
     print("The demonstration is gone: hosts, pods, namespaces, environment and images.")
     if record["packages"]:
         print(f"Debian packages that it installed stay; to remove them: apt-get remove {' '.join(record['packages'])}")
