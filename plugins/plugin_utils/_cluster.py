@@ -1,0 +1,203 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This plugin_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+
+"""The cluster's node list: which source, how to get it, and what to say when that fails.
+
+The API is asked through the lookup plugin of the collection kubernetes.core: it runs in the controller's own process, so the list
+neither needs a connection nor passes through a module's output. Without ``limit`` the API answers with the whole list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import yaml
+from ansible.errors import AnsibleError
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
+
+LOOKUP = "kubernetes.core.k8s"
+
+_RIGHTS = ("give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
+           " published as annotations)")
+
+
+def _existing(paths):
+    return [path for path in paths.split(os.pathsep) if path and os.path.exists(os.path.expanduser(path))]
+
+
+def find_kubeconfig(option, environ, home):
+    """``(kubeconfig or None, where it was found)``.
+
+    In this order: the option, ``K8S_AUTH_KUBECONFIG``, ``K8S_AUTH_HOST`` (AWX sets it; there is no file then), ``KUBECONFIG``,
+    ``~/.kube/config``. Raises `MeshError` when the option names a file that does not exist.
+    """
+    if option:
+        if not _existing(option):
+            raise MeshError("kubeconfig: %s does not exist on the controller; correct the path" % option)
+        return option, "kubeconfig %s" % option
+    if environ.get("K8S_AUTH_KUBECONFIG"):
+        return environ["K8S_AUTH_KUBECONFIG"], "kubeconfig %s (K8S_AUTH_KUBECONFIG)" % environ["K8S_AUTH_KUBECONFIG"]
+    if environ.get("K8S_AUTH_HOST"):
+        return None, "API server %s (K8S_AUTH_HOST)" % environ["K8S_AUTH_HOST"]
+    if environ.get("KUBECONFIG") and _existing(environ["KUBECONFIG"]):
+        return environ["KUBECONFIG"], "kubeconfig %s (KUBECONFIG)" % environ["KUBECONFIG"]
+    default = os.path.join(home, ".kube", "config")
+    if os.path.exists(default):
+        return default, "kubeconfig %s" % default
+    return None, ""
+
+
+def choose_source(args, environ, home, control_plane, inventory_has_nodes):
+    """``(source, why)``: what ``source: auto`` means here; any other source is itself.
+
+    ``args``: the action's; ``control_plane``: the host that kubectl would run on, or None; ``inventory_has_nodes``: whether hosts say
+    themselves which CIDRs and addresses they have. Sources are ``nodes``, ``file``, ``kubernetes``, ``kubectl`` and ``inventory``.
+    """
+    if args["nodes"] is not None:
+        return "nodes", "nodes were given"
+    if args["source"] == "file" and not args["nodes_file"]:
+        raise MeshError("source is file, but nodes_file is not given; save the output of kubectl get nodes -o json and name it there")
+    if args["source"] != "auto":
+        return args["source"], "asked for"
+    if args["nodes_file"]:
+        return "file", "nodes_file was given"
+    dummy, found = find_kubeconfig(args["kubeconfig"], environ, home)
+    if found:
+        return "kubernetes", "the controller has %s" % found
+    if control_plane:
+        return "kubectl", "the controller has no kubeconfig, and %s is a control plane host" % control_plane
+    if inventory_has_nodes:
+        return "inventory", "there is no kubeconfig and no control plane host, and hosts have mesh_pod_cidrs or mesh_node_addresses"
+    raise MeshError("no source of the node list: the controller has no kubeconfig (KUBECONFIG, ~/.kube/config), there is no host in the"
+                    " group kube_control_plane to run kubectl on, and no host has mesh_pod_cidrs or mesh_node_addresses; give one of them"
+                    " or nodes_file")
+
+
+def describe_kubeconfig(path, context):
+    """``{"context", "user", "server"}`` of a kubeconfig for messages: names only, nothing secret; what cannot be found is ``unknown``."""
+    result = {"context": context or "unknown", "user": "unknown", "server": "unknown"}
+    merged = {"contexts": [], "clusters": []}
+    current = context
+    for part in _existing(path):
+        try:
+            with open(os.path.expanduser(part), encoding="utf-8") as handle:
+                config = yaml.safe_load(handle)
+        except (OSError, ValueError, yaml.YAMLError) as exc:
+            raise MeshError("kubeconfig %s cannot be read: %s" % (part, " ".join(str(exc).split()))) from None
+        if not isinstance(config, dict):
+            raise MeshError("kubeconfig %s is not a kubeconfig: expected an object, got %s" % (part, type(config).__name__))
+        current = current or config.get("current-context")
+        for kind, entries in merged.items():
+            entries.extend(entry for entry in config.get(kind) or [] if isinstance(entry, dict))
+    names = sorted(str(entry.get("name")) for entry in merged["contexts"])
+    if context and context not in names:
+        raise MeshError("context %s is not in kubeconfig %s, which has: %s" % (shown(context), path, ", ".join(names) or "none"))
+    for entry in merged["contexts"]:
+        details = entry.get("context")
+        if entry.get("name") == current and isinstance(details, dict):
+            result.update(context=str(current), user=str(details.get("user")))
+            for cluster in merged["clusters"]:
+                if cluster.get("name") == details.get("cluster") and isinstance(cluster.get("cluster"), dict):
+                    result["server"] = str(cluster["cluster"].get("server"))
+    return result
+
+
+def _status_message(body):
+    """The text of the API's own error; its HTTP headers and anything else stay out."""
+    try:
+        if isinstance(body, (bytes, bytearray)):
+            body = body.decode("utf-8", "replace")
+        return str(json.loads(body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return ""
+
+
+def api_error(exc, found, details):
+    """`MeshError` for an exception of the Kubernetes client: what happened, with which kubeconfig, as whom, and what helps."""
+    who = "%s%s" % (found or "in-cluster configuration", ", context %(context)s, user %(user)s" % details if details else "")
+    server = details["server"] if details and details["server"] != "unknown" else "of the Kubernetes API"
+    status, message = getattr(exc, "status", None), _status_message(getattr(exc, "body", None))
+    if status == 401:
+        return MeshError("listing nodes: the API server %s does not accept the credentials (401 %s) of %s; renew them: kubectl get nodes"
+                         " with the same kubeconfig must work" % (server, message or "Unauthorized", who))
+    if status == 403:
+        return MeshError("listing nodes: the API server %s refuses it (403 %s) to %s; %s" % (server, message or "Forbidden", who, _RIGHTS))
+    if status is not None:
+        return MeshError("listing nodes: the API server %s answers %s %s to %s"
+                         % (server, status, message or getattr(exc, "reason", ""), who))
+    text = " ".join(str(exc).split())
+    if type(exc).__name__ in ("MaxRetryError", "ConnectTimeoutError", "NewConnectionError", "ProtocolError", "SSLError"):
+        cause = getattr(exc, "reason", None)
+        return MeshError("listing nodes: the API server %s cannot be reached (%s) with %s; check the address in the kubeconfig, the network"
+                         " and its certificate" % (server, shown(" ".join(str(cause or text).split()), 300), who))
+    return MeshError("listing nodes with %s failed: %s" % (who, shown(text, 500) if text else type(exc).__name__))
+
+
+def list_nodes(lookup_loader, loader, templar, variables, kubeconfig, found, context):
+    """All Node objects from the API, through the lookup plugin of kubernetes.core. Raises `MeshError`."""
+    details = describe_kubeconfig(kubeconfig, context) if kubeconfig else None
+    try:
+        plugin = lookup_loader.get(LOOKUP, loader=loader, templar=templar)
+    except (AnsibleError, ImportError) as exc:
+        plugin, reason = None, ": %s" % shown(" ".join(str(exc).split()), 300)
+    else:
+        reason = ""
+    if plugin is None:
+        raise MeshError("source kubernetes needs the collection kubernetes.core on the controller%s; install it (ansible-galaxy collection"
+                        " install kubernetes.core) and the Python library kubernetes, or use another source" % reason)
+    options = {"api_version": "v1", "kind": "Node"}
+    # Without kubeconfig the plugin prefers the service account of the pod that it runs in, and that is AWX's own cluster.
+    if kubeconfig:
+        options["kubeconfig"] = kubeconfig
+    if context:
+        options["context"] = context
+    try:
+        return plugin.run([], variables=variables, **options) or []
+    except Exception as exc:  # noqa: BLE001  the client raises its own, urllib3's, ssl's and plain Exception
+        raise api_error(exc, found, details) from None
+
+
+def kubectl_error(result, host, command):
+    """`MeshError` for a failed ``kubectl get nodes``: ``result`` is that of the command module."""
+    text = " ".join((str(result.get("stderr") or "") or str(result.get("msg") or "")).split())
+    where = "listing nodes with %s on host %s" % (" ".join(command), host)
+    lower = text.lower()
+    if kubectl_missing(result):
+        return MeshError("%s: there is no such command; give kubectl_command (k3s: [k3s, kubectl]), or another kubectl_host or source"
+                         % where)
+    if "forbidden" in lower:
+        return MeshError("%s is refused: %s; %s" % (where, shown(text, 300), _RIGHTS))
+    if "unauthorized" in lower or "must be logged in" in lower or "provide credentials" in lower:
+        return MeshError("%s: the API server does not accept the credentials: %s; renew the kubeconfig of that host"
+                         % (where, shown(text, 300)))
+    if "permission denied" in lower:
+        return MeshError("%s: %s; run the task with become" % (where, shown(text, 300)))
+    if "localhost:8080" in lower:
+        return MeshError("%s: it has no kubeconfig; give kubectl_command: [kubectl, --kubeconfig, /etc/kubernetes/admin.conf], and become"
+                         % where)
+    return MeshError("%s failed (rc %s): %s" % (where, result.get("rc"), shown(text, 300)))
+
+
+def kubectl_missing(result):
+    """Whether the command does not exist on the host. The command module has rc 2 and the exception's text then, sudo and su 127."""
+    text = "%s %s" % (result.get("msg"), result.get("stderr"))
+    return result.get("rc") == 127 or (result.get("rc") == 2 and "No such file or directory" in text)
+
+
+def parse_listing(text, where):
+    """A parsed node list in JSON, or in YAML. Raises `MeshError` naming ``where``."""
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        json_error = exc
+    try:
+        # CSafeLoader where libyaml is there: ten times faster
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except (ValueError, yaml.YAMLError):
+        raise MeshError("%s is neither JSON (%s) nor YAML; save the output of: kubectl get nodes -o json" % (where, json_error)) from None
