@@ -22,6 +22,11 @@ options:
       - It is the same file on every node and holds public facts only.
     type: path
     default: /etc/kubemesh/mesh.json
+  document_src:
+    description:
+      - The same document on the controller.
+      - Used in check mode only, in which it has not been written to the node. It then travels with the module and is gone after the task.
+    type: path
   node:
     description:
       - Name of this host in the mesh document, which is the name of its Kubernetes Node object.

@@ -16,7 +16,6 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_pl
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._keys import public_key_of, read_private_key
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, family_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
-    FAMILY_OPTION,
     apply_file_step,
     plan_files,
     read_sysctl,
@@ -87,9 +86,7 @@ def underlay_devices(system, addresses, endpoints, interface):
     for family in ("ipv4", "ipv6"):
         targets = sorted({endpoint for endpoint in endpoints if family_of(endpoint) == family})
         # One process for all: 5,000 peers would be 5,000.
-        out = system.try_run(
-            ["ip", FAMILY_OPTION[family], "-o", "-force", "-batch", "-"], data="".join("route get %s\n" % target for target in targets))[1]
-        words = out.split()
+        words = system.ip_answers(family, ["route get %s" % target for target in targets]).split()
         found.update(words[place + 1] for place, word in enumerate(words[:-1]) if word == "dev")
     # A mesh device holds the node's addresses too, and lo answers for a node's own.
     return sorted(name for name in found if name != "lo" and not is_generation(name, interface))

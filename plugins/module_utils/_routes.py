@@ -64,6 +64,51 @@ def apply_steps(system, steps):
             system.run(["ip", FAMILY_OPTION[rule["family"]], "rule", verb] + plan.rule_text(rule).split())
 
 
+def wrong_paths(system, state, pod_cidrs, interface):
+    """Prefixes of table A that the kernel would not send through the mesh device: texts such as "10.244.2.0/24 by eth0 (from pods)".
+
+    A handshake is no proof of the way that packets take (rke2 #9338: more specific routes elsewhere), the kernel's own lookup is.
+    """
+    tables = sorted({rule["table"] for rule in state["rules"]})
+    wrong = []
+    for family in FAMILIES:
+        steered = {rule["table"] for rule in state["rules"] if rule["family"] == family}
+        targets = [route["dst"] for route in state["routes"] if route["family"] == family and route["table"] == tables[0] and route["dev"]]
+        if not targets or tables[0] not in steered:
+            continue
+        lines = ["route get %s" % plan.address_in(target) for target in targets]
+        wrong += wrong_answers(system, family, lines, targets, interface, "from this host")
+        for cidr in pod_cidrs:
+            pod = plan.address_in(cidr)
+            device = local_device(system, pod) if plan.family_of(cidr) == family else None
+            # Without pods there is no device that their packets could come from.
+            if device:
+                lines = ["route get %s from %s iif %s" % (plan.address_in(target), pod, device) for target in targets]
+                wrong += wrong_answers(system, family, lines, targets, interface, "from pods in %s" % cidr)
+    return wrong
+
+
+def wrong_answers(system, family, lines, targets, interface, whence):
+    """The targets for which ``ip route get`` names another device than the mesh's."""
+    answers = plan.devices_of_answers(system.ip_answers(family, lines))
+    return [
+        "%s by %s (%s)" % (target, answers.get(plan.address_in(target)) or "no route", whence)
+        for target in targets if answers.get(plan.address_in(target)) != interface]
+
+
+def local_device(system, address):
+    """The device behind which a local pod address lies, None when that is not a device of this node's pods."""
+    family = plan.family_of(address)
+    answers = plan.devices_of_answers(system.ip_answers(family, ["route get %s" % address]))
+    device = answers.get(address)
+    return device if device and device != "lo" and not has_default_route(system, family, device) else None
+
+
+def has_default_route(system, family, device):
+    """Whether a device leads out of the node: a pod address that goes there has no pod device yet."""
+    return bool(system.ip_json([FAMILY_OPTION[family], "route", "show", "default", "dev", device], missing=("does not exist",)))
+
+
 def wanted_files(state, interface, sysctl_file):
     """Files that bring a state back at boot: {path: (text or None, mode)}; all absent for an empty state."""
     if not state["routes"] and not state["rules"]:

@@ -289,6 +289,26 @@ def routes_of_batch(text, family):
     return routes
 
 
+# --- which way the kernel takes -----------------------------------------------------------------------------------------------------------
+
+def address_in(cidr):
+    """An address of a prefix that is neither its first nor, where there is room, its second: those are often the node's own."""
+    network = ipaddress.ip_network(cidr)
+    return str(network.network_address + min(9, network.num_addresses - 1))
+
+
+def devices_of_answers(text):
+    """{address: device} of what ``ip -o route get`` prints, one answer to a line; an address without a route is left out."""
+    found = {}
+    for line in text.splitlines():
+        words = line.split()
+        while words and words[0] in ("local", "unreachable", "blackhole", "prohibit", "broadcast"):
+            words = words[1:]
+        if len(words) > 2 and "dev" in words:
+            found[words[0]] = words[words.index("dev") + 1]
+    return found
+
+
 def check_settings(settings):
     """Raise `MeshError` where the numbers of the steering cannot be used."""
     table, priority, mark = settings["table"], settings["rule_priority"], settings["fwmark"]

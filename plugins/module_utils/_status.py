@@ -152,17 +152,18 @@ def columns(rows):
 def mesh_table(nodes, only_problems=False):
     """The mesh for people, a block per node.
 
-    :param nodes: [{"node", "interface", "implementation", "sending", "peers": rows} | {"node", "error": text}], in the order to print.
+    :param nodes: results of `mesh_info`, {"node", "device", "sending", "peers": rows, "warnings_of_mesh"}, or {"node", "msg": error}.
     :param only_problems: leave out peers that are encrypted.
     :returns: list of lines.
     """
     lines = []
     for info in nodes:
-        if info.get("error"):
-            lines += ["%s: %s" % (info["node"], info["error"]), ""]
+        if "peers" not in info:
+            lines += ["%s: %s" % (info["node"], info.get("msg", "not reached")), ""]
             continue
-        lines.append("%s: %s (%s), %s, %s" % (
-            info["node"], info["interface"], info["implementation"],
+        device = info["device"]
+        lines.append("%s: %s, %s, %s" % (
+            info["node"], "%s (%s)" % (device["name"], device["implementation"]) if device else "no mesh device",
             "sends through the mesh" if info["sending"] else "does not send through the mesh",
             ", ".join("%d %s" % (number, state) for state, number in counts(info["peers"]).items()) or "no peers"))
         shown = [row for row in info["peers"] if not (only_problems and row["state"] == "encrypted")]
@@ -175,7 +176,7 @@ def mesh_table(nodes, only_problems=False):
                     bytes_text(row["tx_bytes"]), row["state"], ", ".join(behind) or "-"])
             lines += ["  " + line for line in columns(table)]
             lines += ["  %s: %s" % (row["name"], row["reason"]) for row in shown if row["reason"]]
-        lines += ["  " + text for text in info.get("warnings", [])]
+        lines += ["  " + text for text in info["warnings_of_mesh"]]
         lines.append("")
     return lines
 

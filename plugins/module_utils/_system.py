@@ -71,6 +71,10 @@ class System:
         if lines:
             self.run(["ip", FAMILY_OPTION[family], "-batch", "-"], data="".join(line + "\n" for line in lines))
 
+    def ip_answers(self, family, lines):
+        """stdout of many ``ip`` queries in one process; a query that fails gives no line."""
+        return self.try_run(["ip", FAMILY_OPTION[family], "-o", "-force", "-batch", "-"], data="".join(line + "\n" for line in lines))[1]
+
     def link(self, name):
         """One object of ``ip -d link show``, or None."""
         found = self.ip_json(["-d", "link", "show", "dev", name], missing=("does not exist", "Cannot find device"))

@@ -251,6 +251,8 @@ def main():
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "name": {"type": "str", "default": "wgmesh0"},
             "document_file": {"type": "path", "default": "/etc/kubemesh/mesh.json"},
+            # The action part takes it; it is here for the documentation and for checks of the arguments.
+            "document_src": {"type": "path"},
             "node": {"type": "str"},
             "generation": {"type": "int", "choices": [0, 1], "default": 0},
             "private_key_file": {"type": "path"},

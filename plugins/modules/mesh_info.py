@@ -53,6 +53,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+node:
+  description: Name of this host in the mesh document.
+  returned: always
+  type: str
+  sample: worker-1
 exists:
   description: Whether there is a mesh on this node, that is a device or a mesh document.
   returned: always
@@ -163,6 +168,8 @@ def main():
         argument_spec={
             "interface": {"type": "str", "default": "wgmesh0"},
             "document_file": {"type": "path", "default": "/etc/kubemesh/mesh.json"},
+            # The action part takes it; it is here for the documentation and for checks of the arguments.
+            "document_src": {"type": "path"},
             "node": {"type": "str"},
             "generation": {"type": "int", "choices": [0, 1], "default": 0},
             "table": {"type": "int", "default": 51840},
@@ -191,6 +198,7 @@ def main():
         module.fail_json(msg=str(exc))
     module.exit_json(
         changed=False,
+        node=params["node"],
         exists=doc is not None or link is not None,
         device=None if link is None else {
             "name": params["interface"],

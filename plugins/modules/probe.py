@@ -156,7 +156,7 @@ unproven:
     message:
       description: What is wrong and what to do about it.
       type: str
-      sample: "no handshake with 198.18.0.14:51840; let UDP port 51840 through every firewall between the two nodes, both ways"
+      sample: "worker-1 to worker-4: no handshake with 198.18.0.14:51840; let UDP port 51840 through every firewall between the two nodes"
   sample: []
 without_key:
   description: The first 50 nodes of the mesh document without a key of this generation. They are not counted unless they were asked for.
@@ -198,7 +198,7 @@ msg:
   description: The result as one line.
   returned: always
   type: str
-  sample: "worker-1: 3 of 4 peers proven through wgmesh0. worker-4: no handshake with 198.18.0.14:51840"
+  sample: "worker-1: 4 of 4 peers proven through wgmesh0"
 peers:
   description: What was found about each peer, by its name.
   returned: with O(return_peers=true)
@@ -248,19 +248,11 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh, _probe
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import read_text, write_text
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import read_document, write_text
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg import client_for
 
 # seconds to wait for the socket of a userspace WireGuard that was just started
 DEVICE_WAIT = 2.0
-
-
-def read_document(path):
-    """The mesh document of this node."""
-    text = read_text(path)
-    if text is None:
-        raise MeshError("document_file: %s is not there; bring the mesh document to this node first" % path)
-    return _mesh.load_document(text)
 
 
 def method_of(wanted, interface):
@@ -320,7 +312,7 @@ def message(node, interface, result):
     if result["method"] == "handshake":
         text += " (handshake only)"
     for item in result["unproven"][:3]:
-        text += ". %s: %s" % (item["name"], item["message"])
+        text += ". %s" % item["message"]
     if result["unproven_count"] > 3:
         text += ". And %d more" % (result["unproven_count"] - 3)
     return text
@@ -340,7 +332,7 @@ def run(module):
     if found_device is None:
         if not module.check_mode:
             raise MeshError("interface: there is no device %s on node %s; make it with the module interface" % (interface, params["node"]))
-        result = dict(_probe.summary({}, without_key, method_of(params["method"], "lo")), peer_count=len(peers))
+        result = dict(_probe.summary(params["node"], {}, without_key, method_of(params["method"], "lo")), peer_count=len(peers))
         return dict(result, changed=False, interface=interface, mtu=None, proof_file=proof_file,
                     msg="there is no device %s yet, so nothing was probed; without check mode, %d peers would be" % (interface, len(peers)))
 
@@ -352,7 +344,7 @@ def run(module):
         proof = _probe.merge_proof(_probe.read_proof(proof_file), proof_of(params, doc, interface, method, entries), doc)
         write_text(proof_file, json.dumps(proof, sort_keys=True, separators=(",", ":")) + "\n", 0o644)
 
-    result = dict(_probe.summary(entries, without_key, method), changed=False, interface=interface, mtu=found_device["mtu"],
+    result = dict(_probe.summary(params["node"], entries, without_key, method), changed=False, interface=interface, mtu=found_device["mtu"],
                   proof_file=proof_file)
     result["msg"] = message(params["node"], interface, result)
     if params["return_peers"]:
@@ -365,6 +357,8 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "document_file": {"type": "path", "default": "/etc/kubemesh/mesh.json"},
+            # The action part takes it; it is here for the documentation and for checks of the arguments.
+            "document_src": {"type": "path"},
             "node": {"type": "str", "required": True},
             "generation": {"type": "int", "choices": [0, 1], "default": 0},
             "interface": {"type": "str"},

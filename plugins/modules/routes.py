@@ -18,6 +18,8 @@ description:
   - Table O(table) holds the pod CIDRs of every proven peer, the next table their node addresses. Both are complete before any rule points
     to them, so that what moves the traffic of a node is the addition or deletion of a rule.
   - Routes change one by one; a route or rule that stays is not touched.
+  - With O(send=true) the kernel is asked afterwards which way it takes to each prefix, from this host and from its pods. The task fails where
+    that is not the mesh.
   - Connections whose source is masqueraded are carried over to the new device. The kernel by itself drops a packet of each of them
     and forgets it.
   - Only the tables O(table) and the next, and rules that point to them, are looked at. Routes and rules of others stay as they are.
@@ -26,6 +28,7 @@ extends_documentation_fragment:
   - kubemesh.wireguard._attributes.actiongroup_mesh
   - kubemesh.wireguard._attributes.node
   - kubemesh.wireguard._mesh_document
+  - kubemesh.wireguard._mesh_document.generation
 attributes:
   check_mode:
     support: full
@@ -129,6 +132,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+was_sending:
+  description: Whether the rules existed before this task.
+  returned: always, also when the task fails after reading them
+  type: bool
+  sample: false
 sending:
   description: Whether the rules exist after this task.
   returned: always
@@ -164,15 +172,14 @@ steps:
   sample: ["add rule priority 400 from all lookup 51840"]
 """
 
-import json
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, node_entry
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, local_pod_cidrs, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._probe import proven_names, read_proof
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
     System,
     apply_file_step,
@@ -187,18 +194,15 @@ NAMES_SHOWN = 50
 STEPS_SHOWN = 200
 
 
-def proven_peers(params, check_mode):
+def proven_peers(params, doc, check_mode):
     """Names that the last probe of this node proved, or None where every peer counts."""
     path = params["proof_file"] or "/run/kubemesh/proof-%s.json" % params["interface"]
-    text = read_text(path)
-    if params["peers"] == "all" or (check_mode and text is None):
+    if params["peers"] == "all" or (check_mode and read_text(path) is None):
         return None
-    if text is None:
-        raise MeshError("proof_file: %s is not there; run kubemesh.wireguard.probe on this node first, or take peers=all" % path)
-    try:
-        return {name for name, result in json.loads(text)["peers"].items() if result["proven"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise MeshError("proof_file: %s is damaged (%s); run kubemesh.wireguard.probe on this node again" % (path, exc)) from None
+    proof = read_proof(path)
+    if proof is None:
+        raise MeshError("proof_file: %s is not there or damaged; run kubemesh.wireguard.probe on this node, or take peers=all" % path)
+    return proven_names(proof, doc, params["generation"])
 
 
 def wanted_of(params, stored, check_mode):
@@ -211,7 +215,7 @@ def wanted_of(params, stored, check_mode):
     plan.check_settings(settings)
     doc = read_document(params["document_file"])
     node_entry(doc, params["node"])
-    proven = proven_peers(params, check_mode)
+    proven = proven_peers(params, doc, check_mode)
     return plan.wanted_state(doc, params["node"], settings, proven, stored), doc, proven
 
 
@@ -259,7 +263,10 @@ def main():
             "send": {"type": "bool", "default": False},
             "interface": {"type": "str", "default": "wgmesh0"},
             "document_file": {"type": "path", "default": "/etc/kubemesh/mesh.json"},
+            # The action part takes it; it is here for the documentation and for checks of the arguments.
+            "document_src": {"type": "path"},
             "node": {"type": "str"},
+            "generation": {"type": "int", "choices": [0, 1], "default": 0},
             "peers": {"type": "str", "choices": ["proven", "all"], "default": "proven"},
             "unproven": {"type": "str", "choices": ["keep", "drop"], "default": "keep"},
             "proof_file": {"type": "path"},
@@ -271,18 +278,20 @@ def main():
         },
         supports_check_mode=True,
     )
+    known = {}
     try:
-        module.exit_json(**converge(module, System(module)))
+        module.exit_json(**converge(module, System(module), known))
     except MeshError as exc:
-        module.fail_json(msg=str(exc))
+        module.fail_json(msg=str(exc), **known)
 
 
-def converge(module, system):
-    """Read, plan, apply, report: the result of the module."""
+def converge(module, system, known):
+    """Read, plan, apply, report: the result of the module; ``known`` is given what a failed task must say as well."""
     params = module.params
     stored = live.stored_routes()
     wanted, doc, proven = wanted_of(params, stored, module.check_mode)
     current = live.read_state(system, params["table"])
+    known["was_sending"] = bool(current["rules"])
     steps = plan.plan_routes(current, wanted)
     boot = wanted if params["persist"] else {"routes": [], "rules": []}
     file_steps = plan_files(live.wanted_files(boot, params["interface"], SYSCTL_FILE))
@@ -295,6 +304,8 @@ def converge(module, system):
         if not on_the_way_out:
             apply_files(system, file_steps, units)
         carried = apply_live(system, current, wanted, steps)
+        if wanted["rules"]:
+            check_paths(system, wanted, doc, params)
         if on_the_way_out:
             apply_files(system, file_steps, units)
             remove_empty_folders(["/etc/kubemesh"])
@@ -303,6 +314,7 @@ def converge(module, system):
     routed = {route["peer"] for route in wanted["routes"]}
     result = {
         "changed": bool(steps or file_steps or units),
+        "was_sending": bool(current["rules"]),
         "sending": bool(wanted["rules"]),
         "routed_peers": len(routed),
         "unrouted_peers": [],
@@ -323,6 +335,15 @@ def converge(module, system):
             "before_header": step["path"], "after_header": step["path"], "before": step["before"] or "", "after": step.get("after", ""),
         } for step in file_steps]
     return result
+
+
+def check_paths(system, wanted, doc, params):
+    """Raise MeshError where the kernel would send to a routed prefix by another way, from this host or from its pods."""
+    wrong = live.wrong_paths(system, wanted, local_pod_cidrs(doc, params["node"]), params["interface"])
+    if wrong:
+        raise MeshError(
+            "the rules are in place, but the kernel sends elsewhere: %s; another rule or table comes first, look at `ip rule` and "
+            "set mesh_rule_priority (now %d) below it" % ("; ".join(wrong[:10]), params["rule_priority"]))
 
 
 def apply_files(system, file_steps, units):

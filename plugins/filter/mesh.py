@@ -1,0 +1,97 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Filters of the role ``mesh``: decisions that are made on the controller, so that Jinja holds names only."""
+
+from __future__ import annotations
+
+import difflib
+
+from ansible.errors import AnsibleFilterError
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, load_document
+
+
+def batches(hosts, sizes):
+    """Hosts cut into batches."""
+    try:
+        return _status.batches(hosts, sizes)
+    except ValueError as exc:
+        raise AnsibleFilterError(str(exc)) from exc
+
+
+def progress(done, total, batch, hostvars, started, now):
+    """One line of progress; the peers proven are those of the hosts of the batch."""
+    results = [hostvars[host].get("__mesh_proved_again") or {} for host in batch]
+    proven = sum(int(result.get("proven_count", 0)) for result in results)
+    expected = sum(int(result.get("peer_count", 0)) for result in results)
+    return _status.progress_line(int(done), int(total), proven, expected, float(started), float(now))
+
+
+def mesh_table(hosts, hostvars, variable, only_problems=False):
+    """Lines of text for people, from what ``mesh_info`` left in a variable of each host."""
+    infos = []
+    for host in hosts:
+        info = hostvars[host].get(variable) or {"msg": "not reached"}
+        infos.append(dict(info, node=info.get("node") or host))
+    return _status.mesh_table(infos, only_problems)
+
+
+def batch_problems(batch, alive, hostvars):
+    """Hosts of a batch that cannot go on: {host: problem}; ``alive`` are those that the play still has."""
+    problems = {}
+    for host in batch:
+        if host not in alive:
+            problems[host] = "it failed or became unreachable"
+        elif hostvars[host].get("__mesh_batch_problem"):
+            problems[host] = str(hostvars[host]["__mesh_batch_problem"])
+    return problems
+
+
+def first_of_each(values):
+    """The first host of each distinct value: {host: value} to a list of hosts; empty values count for nothing."""
+    first = {}
+    for host, value in values.items():
+        if value:
+            first.setdefault(value, host)
+    return sorted(first.values())
+
+
+def members_outside(paths, names):
+    """Members of any of the mesh documents (files on the controller) that have a key and are not among the names."""
+    outside = set()
+    for path in paths:
+        try:
+            with open(path, "rb") as handle:
+                nodes = load_document(handle.read())["nodes"]
+        except (OSError, MeshError) as exc:
+            raise AnsibleFilterError("%s, a mesh document fetched from a node, cannot be used: %s" % (path, exc)) from exc
+        outside.update(name for name, entry in nodes.items() if entry["public_keys"] and entry["state"] != "excluded")
+    return sorted(outside - set(names))
+
+
+def unknown_variables(names, known):
+    """What is wrong with variables that look like ours and are not: a list of messages."""
+    messages = []
+    for name in sorted(set(names) - set(known)):
+        close = difflib.get_close_matches(name, known, n=1)
+        messages.append("%s: there is no such variable%s" % (name, "; did you mean %s?" % close[0] if close else ""))
+    return messages
+
+
+class FilterModule:
+    """Filters of the collection."""
+
+    def filters(self):
+        return {
+            "batches": batches,
+            "batch_problems": batch_problems,
+            "progress": progress,
+            "mesh_table": mesh_table,
+            "first_of_each": first_of_each,
+            "members_outside": members_outside,
+            "unknown_variables": unknown_variables,
+        }
