@@ -350,9 +350,9 @@ def _message(reason, peer, after, answer, size):
     return text
 
 
-def summary(entries, without_key, method):
+def summary(node, entries, without_key, method):
     """-> what the module returns of {name: entry of `judge`}: counts, the slowest, the unproven with reasons, bounded."""
-    unproven = [{"name": name, "reason": entries[name]["reason"], "message": entries[name]["message"]}
+    unproven = [{"name": name, "reason": entries[name]["reason"], "message": "%s to %s: %s" % (node, name, entries[name]["message"])}
                 for name in sorted(entries) if not entries[name]["proven"]]
     slowest = max(((entry["rtt"], name) for name, entry in entries.items() if entry["rtt"] is not None), default=(None, None))
     return {

@@ -168,7 +168,7 @@ def test_firewall_before_the_port(mesh):
         mesh.net.nft("c")
     assert reasons(result) == {"c": "no_handshake"}
     assert "198.18.7.3:51840" in result["unproven"][0]["message"] and "UDP port 51840" in result["msg"]
-    assert required["failed"] and required["proven_count"] == 1 and "c: no handshake" in required["msg"]
+    assert required["failed"] and required["proven_count"] == 1 and "a to c: no handshake" in required["msg"]
     # and when the firewall is open again, the same run proves it; WireGuard tries again after 5 s
     assert mesh.probe("a")["proven_count"] == 2
 

@@ -321,12 +321,13 @@ def test_small_is_enough_when_full_size_is_not_asked_for():
 def test_summary_is_bounded():
     entries = {"n%04d" % number: dict(_probe.no_key_entry(), rtt=number / 1000.0) for number in range(5000)}
     entries["good"] = {"proven": True, "rtt": None}
-    result = _probe.summary(entries, ["x"] * 200, "echo")
+    result = _probe.summary("n", entries, ["x"] * 200, "echo")
     assert (result["peer_count"], result["proven_count"], result["unproven_count"]) == (5001, 1, 5000)
     assert len(result["unproven"]) == len(result["without_key"]) == 50
+    assert result["unproven"][0]["message"].startswith("n to n0000: there is no public key")
     assert result["slowest_peer"] == "n4999" and result["slowest_rtt"] == 4.999
     assert len(json.dumps(result)) < 20000
-    empty = _probe.summary({}, [], "echo")
+    empty = _probe.summary("n", {}, [], "echo")
     assert empty["slowest_rtt"] is None and empty["slowest_peer"] is None
 
 
