@@ -90,6 +90,10 @@ class Net:
     def sh(self, *argv, data=None, check=True):
         return sh(*argv, data=data, check=check, namespace=self)
 
+    def call(self, function, *args):
+        """function(*args) in a child inside the namespace; what it returned (JSON), or RuntimeError with its traceback."""
+        return collect(spawn(self, function, *args))
+
     def ip(self, lines):
         """Run lines with `ip -batch`."""
         sh("ip", "-n", self.name, "-batch", "-", data="\n".join(lines) + "\n")
@@ -102,6 +106,21 @@ class Net:
                 return socket.socket(*args)
             finally:
                 _check(_libc.setns(home.fileno(), CLONE_NEWNET), "setns back")
+
+
+class Scratch(Net):
+    """A network namespace of its own for functions that work on devices: `with Scratch() as net: net.call(function, ...)`."""
+
+    def __init__(self, name="kmscratch"):
+        super().__init__(name)
+
+    def __enter__(self):
+        sh("ip", "netns", "add", self.name)
+        sh("ip", "-n", self.name, "link", "set", "lo", "up")
+        return self
+
+    def __exit__(self, *dummy):
+        sh("ip", "netns", "del", self.name)
 
 
 class Node(Net):
@@ -182,11 +201,6 @@ class Node(Net):
         with open(self.path(name), "w", encoding="utf-8") as handle:
             handle.write(text)
 
-    def call(self, function, *args):
-        """function(*args) in a child inside the node; what it returned (JSON), or RuntimeError with its traceback."""
-        return collect(spawn(self, function, *args))
-
-
 def spawn(namespace, function, *args):
     """Fork; the child enters the namespace and sends function(*args) back as JSON. Returns (pid, pipe)."""
     reader, writer = os.pipe()
@@ -231,8 +245,7 @@ def _run_module(name, args, check_mode, diff):
         os.dup2(null.fileno(), 0)
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        full = dict(args, _ansible_check_mode=check_mode, _ansible_diff=diff, _ansible_no_log=False, _ansible_no_target_syslog=True,
-                    _ansible_module_name="kubemesh.wireguard." + name)
+        full = dict(args, _ansible_check_mode=check_mode, _ansible_diff=diff, _ansible_no_log=False, _ansible_module_name="kubemesh.wireguard." + name)
         code = 0
         try:
             with patch_module_args(full):
