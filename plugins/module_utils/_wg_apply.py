@@ -44,7 +44,7 @@ import os
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _keys
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg_plan import OPERATIONS
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg_plan import OPERATIONS, canonical_prefix
 
 KEY_BYTES = 32  # Curve25519 and preshared keys: WG_KEY_LEN, include/uapi/linux/wireguard.h
 
@@ -168,16 +168,17 @@ def entry_of(step):
         entry["update_only"] = op == "update_peer"
         if step.get("endpoint") is not None:
             entry["endpoint"] = step["endpoint"]
-        # 0 is what a new peer has
-        if step.get("keepalive") or (op == "update_peer" and "keepalive" in step):
+        if "keepalive" in step:
+            # 0 as well: a peer that somebody added in the meantime may have another one
             entry["keepalive"] = step["keepalive"]
         if "preshared_key_file" in step:
             entry["preshared_key_file"] = step["preshared_key_file"]
-        entry["allowed_ips"] = list(step.get("allowed_ips", ()))
+        entry["allowed_ips"] = [canonical_prefix(text) for text in step.get("allowed_ips", ())]
     elif op == "add_allowed_ips":
-        entry["allowed_ips"] = list(step["allowed_ips"])
+        entry["allowed_ips"] = [canonical_prefix(text) for text in step["allowed_ips"]]
     elif op == "remove_allowed_ips":
-        entry["remove_allowed_ips"] = list(step["allowed_ips"])
+        # compared with what the device reports
+        entry["remove_allowed_ips"] = [canonical_prefix(text) for text in step["allowed_ips"]]
     elif op == "remove_peer":
         entry["update_only"], entry["remove"] = False, True
     else:

@@ -14,7 +14,7 @@ is the one of ``wg``, so that recorded messages of it can be compared byte by by
 
 * never WGDEVICE_F_REPLACE_PEERS (``wg setconf``) and never WGPEER_F_REPLACE_ALLOWEDIPS (``wg set … allowed-ips``, ``wg addconf``);
 * WGPEER_F_UPDATE_ONLY on everything about a peer that must be there already, continuations of a peer over several messages included;
-* the keepalive of a new peer is sent only where it is on;
+* the keepalive of a new peer is sent even where it is off;
 * messages of up to 8 KiB where ``wg`` takes one page.
 
 Everything up to `NetlinkClient` is pure.

@@ -340,13 +340,13 @@ def _apply(after, owners, step):
     if peer is None:
         return
     if op == "remove_allowed_ips":
-        for prefix in step["allowed_ips"]:
+        for prefix in map(canonical_prefix, step["allowed_ips"]):
             if owners.get(prefix) == key:
                 del owners[prefix]
                 peer["allowed_ips"].discard(prefix)
         return
     _set_fields(peer, step)
-    for prefix in step.get("allowed_ips", ()):
+    for prefix in map(canonical_prefix, step.get("allowed_ips", ())):
         before = owners.get(prefix)
         if before is not None:
             after["peers"][before]["allowed_ips"].discard(prefix)
