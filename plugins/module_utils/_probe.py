@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import heapq
 import json
 import os
 import select
@@ -37,10 +36,9 @@ import time
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._pacer import Pacer
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._status import HANDSHAKE_FRESH
 
-# Seconds since the last handshake after which a peer that was just sent to is not up: REJECT_AFTER_TIME 180 + REKEY_ATTEMPT_TIME 90 +
-# REKEY_TIMEOUT 5 (WireGuard whitepaper, section 6.1; drivers/net/wireguard/messages.h).
-HANDSHAKE_SECONDS = 275
 # Seconds: with a handshake younger than this the session surely stands (REKEY_AFTER_TIME 120, same place), so nothing can cross.
 SESSION_SECONDS = 120
 
@@ -136,58 +134,46 @@ class EchoSchedule:
 
     def __init__(self, peers, start, generator):
         self.random = generator.random
+        self.pacer = Pacer(start, RATE, BURST)
         self.peers = {}
         self.open = set()
         order = list(peers)
         generator.shuffle(order)
         spread = max(FIRST_SPREAD if len(order) > 1 else 0.0, len(order) / FIRST_RATE)
-        self.events = []
         for position, peer in enumerate(order):
-            when = start + spread * position / len(order) + (LATE_SECONDS if peer["late"] else 0.0)
             self.peers[peer["address"]] = {
-                "name": peer["name"], "full": peer["size"], "phase": "small", "tries": 0, "next": when, "sequence": 0,
-                "sent": {}, "rtt": None, "size": 0, "error": None}
+                "name": peer["name"], "full": peer["size"], "phase": "small", "tries": 0, "sequence": 0, "sent": {}, "rtt": None,
+                "size": 0, "error": None}
             self.open.add(peer["address"])
-            heapq.heappush(self.events, (when, peer["address"]))
-        self.tokens = float(BURST)
-        self.filled = start
+            self.pacer.at(start + spread * position / len(order) + (LATE_SECONDS if peer["late"] else 0.0), peer["address"])
 
     def done(self):
         """True when nothing more is to be learned."""
         return not self.open
 
     def next_time(self, now):
-        """Time of the next packet, None if there is none; never more than what the rate allows."""
-        while self.events and self.events[0][1] not in self.open:
-            heapq.heappop(self.events)
-        if not self.events:
-            return None
-        wait = 0.0 if self.tokens >= 1.0 else (1.0 - self.tokens) / RATE
-        return max(self.events[0][0], now + wait)
+        """Time of the next packet, None if there is none."""
+        return self.pacer.next_time(now)
 
     def due(self, now):
         """-> list of (address, sequence, size) to send now."""
-        self.tokens = min(float(BURST), self.tokens + (now - self.filled) * RATE)
-        self.filled = now
         packets = []
-        while self.events and self.events[0][0] <= now and self.tokens >= 1.0:
-            when, address = heapq.heappop(self.events)
+        for address in self.pacer.due(now):
             peer = self.peers[address]
-            if address not in self.open or when != peer["next"]:
-                continue  # settled, or an answer moved its next packet
-            for size in self._sizes(address, peer):
+            sizes = self._sizes(address, peer)
+            self.pacer.spend(len(sizes))
+            for size in sizes:
                 sequence = peer["sequence"] = (peer["sequence"] + 1) % 65536
                 peer["sent"][sequence] = now
                 packets.append((address, sequence, size))
-                self.tokens -= 1.0
             if address in self.open:
                 pause = SMALL_RESEND if peer["phase"] == "small" else FULL_RESEND
-                self._schedule(address, peer, now + pause * (1.0 + JITTER * self.random()))
+                self.pacer.at(now + pause * (1.0 + JITTER * self.random()), address)
         return packets
 
-    def _schedule(self, address, peer, when):
-        peer["next"] = when
-        heapq.heappush(self.events, (when, address))
+    def _settle(self, address):
+        self.open.discard(address)
+        self.pacer.forget(address)
 
     def _sizes(self, address, peer):
         if peer["phase"] == "small":
@@ -198,7 +184,7 @@ class EchoSchedule:
         if peer["phase"] == "full":
             peer["phase"], peer["tries"] = "ladder", 0
         if peer["tries"] >= LADDER_ROUNDS:
-            self.open.discard(address)
+            self._settle(address)
             return []
         peer["tries"] += 1
         return [peer["full"]] + [size for size in ladder(peer["full"]) if size > peer["size"]]
@@ -218,10 +204,10 @@ class EchoSchedule:
         if address not in self.open:
             return
         if peer["full"] is None or peer["size"] >= peer["full"]:
-            self.open.discard(address)
+            self._settle(address)
         elif peer["phase"] == "small":
             peer["phase"] = "full"
-            self._schedule(address, peer, now)
+            self.pacer.at(now, address)
 
     def results(self):
         """-> {name: {"rtt": seconds or None, "size": bytes that came back, "error": text or None}}.
@@ -291,7 +277,7 @@ def judge(peer, before, after, answer, now_epoch, size):
     handshake = after["last_handshake"] if after else 0.0
     # a clock that was set back since: the handshake is not in the future
     age = None if not handshake else max(0.0, now_epoch - handshake)
-    fresh = age is not None and age < HANDSHAKE_SECONDS
+    fresh = age is not None and age < HANDSHAKE_FRESH
     grew = after is not None and after["rx_bytes"] > (before["rx_bytes"] if before else 0)
     entry = {"proven": False, "public_key": peer["public_key"], "reason": "", "message": "",
              "rtt": answer["rtt"] if answer else None, "size": answer["size"] if answer else 0,
@@ -341,7 +327,7 @@ def _message(reason, peer, after, answer, size):
     endpoint = (after or {}).get("endpoint") or peer["endpoint"] or "its endpoint"
     measured = answer["size"] if answer else 0
     text = _ADVICE[reason] % {
-        "endpoint": endpoint, "port": endpoint.rpartition(":")[2], "address": peer["address"], "limit": HANDSHAKE_SECONDS, "mtu": size or 0,
+        "endpoint": endpoint, "port": endpoint.rpartition(":")[2], "address": peer["address"], "limit": HANDSHAKE_FRESH, "mtu": size or 0,
         "measured": ", %d bytes do" % measured if measured > SMALL_SIZE else ", and none of %d bytes" % 576,
         "advice": " to %d" % measured if measured >= IPV6_MINIMUM else "",
     }
