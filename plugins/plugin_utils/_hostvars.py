@@ -59,9 +59,9 @@ def read_hosts(hostvars, hosts, variables, facts_variable):
     """
     result = {}
     for host in hosts:
-        raw = hostvars.raw_get(host)
-        if not isinstance(raw, Mapping):  # undefined: no such host
+        if host not in hostvars:
             continue
+        raw = hostvars.raw_get(host)
         own, unresolved = {}, []
         for variable in variables:
             if variable not in raw:
