@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
+import hashlib
 
 from ansible.errors import AnsibleFilterError
 
@@ -51,6 +53,21 @@ def batch_problems(batch, alive, hostvars):
     return problems
 
 
+def membership_lines(computed):
+    """What `peers` found out, as lines for people."""
+    lines = ["nodes from %s: %s" % (computed["source"], computed["source_reason"])]
+    lines.append("mesh document %d: %s" % (computed["serial"], ", ".join(
+        "%d %s" % (number, state) for state, number in sorted(computed["counts"].items()) if number) or "no nodes"))
+    for title in ("pending", "excluded"):
+        lines += ["%s %s: %s" % (title, name, reason) for name, reason in sorted(computed[title].items())]
+    return lines + list(computed["changes"])
+
+
+def stand_in_key(name):
+    """A public key for check mode, where the real one is not made yet: nobody has its private key, and each node has its own."""
+    return base64.b64encode(hashlib.sha256(b"kubemesh.wireguard check mode " + str(name).encode("utf-8")).digest()).decode("ascii")
+
+
 def first_of_each(values):
     """The first host of each distinct value: {host: value} to a list of hosts; empty values count for nothing."""
     first = {}
@@ -90,8 +107,10 @@ class FilterModule:
             "batches": batches,
             "batch_problems": batch_problems,
             "progress": progress,
+            "membership_lines": membership_lines,
             "mesh_table": mesh_table,
             "first_of_each": first_of_each,
             "members_outside": members_outside,
+            "stand_in_key": stand_in_key,
             "unknown_variables": unknown_variables,
         }
