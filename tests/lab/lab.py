@@ -61,6 +61,7 @@ MAX_NODES = 200
 NODEPORT = 30080
 POD_PORT = 8080
 BOOT_SECONDS = 90  # a node needs about 4 s alone and 15 s when the machine is busy; then something is broken
+KEEP_SECONDS = 10  # how often flannel looks whether its routes are still there (routeCheckRetries in its source)
 CLONE_NEWNET = 0x40000000
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -647,7 +648,13 @@ class Lab:
             boots += 1
             atomic_write(folder / "boots", str(boots))
             self._bring_up(node, process)
-            code = process.wait()
+            code = None
+            while code is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(KEEP_SECONDS)
+                if code is None and (folder / "ready").exists():
+                    with contextlib.suppress(LabError, OSError), locked(self.state / "fabric.lock"):
+                        self.keep_dataplane(node)
             hard = (folder / "hard").exists()
             print(f"boot {boots} ended, rc {code}{', hard' if hard else ''}", flush=True)
             (folder / "ready").unlink(missing_ok=True)
@@ -693,8 +700,7 @@ class Lab:
                 delete_namespace(namespace)
             add_namespace(namespace)
             self._plug(node, self.mac(0x18, self.number(node)))
-            if (self.state / "nodes" / node / "cut").exists():
-                ip_batch(self.namespace("fabric"), [f"link set p-{node} down"])
+            self._apply_cut(node)
 
     def _bring_up(self, node, process):
         folder = self.state / "nodes" / node
@@ -796,6 +802,18 @@ class Lab:
                    for peer in self.node_numbers if peer != number for family, address in self.node_addresses(peer).items()]
             if fdb:
                 run(["ip", "netns", "exec", namespace, "bridge", "-batch", "-"], stdin="\n".join(fdb) + "\n")
+
+    def keep_dataplane(self, node):
+        """Put back routes of the data plane that somebody deleted (systemd-networkd does when it is restarted), as a CNI's daemon does."""
+        if self.options.dataplane == "none":
+            return
+        present = set()
+        for family in self.families:
+            routes = json.loads(run(["ip", "-n", self.namespace(node), "-j", "-4" if family == "ipv4" else "-6", "route"]).stdout)
+            present |= {route["dst"] for route in routes}
+        wanted = {cidr for peer in self.node_numbers if peer != self.number(node) for cidr in self.pod_cidrs(peer).values()}
+        if wanted - present:
+            self._plumb_dataplane(node)
 
     def _plumb_nat(self, node):
         """Masquerade as kubenet does it, NodePort as kube-proxy does it; in one transaction that replaces the former table."""
@@ -900,14 +918,42 @@ class Lab:
         if wait:
             self.wait_ready(node, 1)
 
-    def cut(self, node):
-        """Pull the underlay cable of a node (on the fabric side); it stays pulled over reboots until heal."""
-        (self.state / "nodes" / node / "cut").write_text("")
-        ip_batch(self.namespace("fabric"), [f"link set p-{node} down"])
+    def cut(self, node, carrier=False):
+        """Part a node from the underlay; it stays so over reboots until heal.
 
-    def heal(self, node):
+        Without carrier the switch port stops forwarding and the node's own link stays up, as when a network fails somewhere else. With
+        carrier the node sees its cable pulled: systemd-networkd then takes the addresses off, and the kernel all routes through eth0.
+        """
+        (self.state / "nodes" / node / "cut").write_text("carrier" if carrier else "port")
+        self._apply_cut(node)
+
+    def _apply_cut(self, node):
+        """Bring the port of a node into the state that the file says."""
+        try:
+            how = (self.state / "nodes" / node / "cut").read_text()
+        except FileNotFoundError:
+            how = ""
+        fabric, port = self.namespace("fabric"), f"p-{node}"
+        ip_batch(fabric, [f"link set {port} {'down' if how == 'carrier' else 'up'}"])
+        if how != "carrier":
+            # Out of the bridge, not "state disabled": the kernel sets that back when a port comes up.
+            ip_batch(fabric, [f"link set {port} {'nomaster' if how else 'master br0'}"])
+
+    def heal(self, node, wait=True):
+        """Plug a node in again; with wait, until its addresses and data plane are back."""
         (self.state / "nodes" / node / "cut").unlink(missing_ok=True)
-        ip_batch(self.namespace("fabric"), [f"link set p-{node} up"])
+        self._apply_cut(node)
+        if not wait or not (self.state / "nodes" / node / "ready").exists():
+            return
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            present = run(["ip", "-n", self.namespace(node), "-br", "address", "show", "eth0"]).stdout
+            if all(f"{address}/" in present for address in self.node_addresses(node).values()):
+                with locked(self.state / "fabric.lock"):
+                    self.keep_dataplane(node)
+                return
+            time.sleep(0.1)
+        raise LabError(f"{node} has no address on eth0 20 s after its cable was plugged in")
 
     # --- what ansible needs -----------------------------------------------------------------------------------------------------
 
@@ -1078,7 +1124,7 @@ class Lab:
     def down(self):
         """Remove everything of this lab, however far ``up`` came; nothing to do is fine."""
         with locked(STATE_ROOT / f".{self.name}.lock"):
-            for attempt in range(5):
+            for dummy in range(5):
                 members = self.members()
                 if not members:
                     break
@@ -1144,8 +1190,8 @@ def main(argv=None):
     reboot.add_argument("--hard", action="store_true")
     verb("poweroff", "switch a node off", node=True).add_argument("--hard", action="store_true")
     verb("poweron", "switch a node on and wait for it", node=True)
-    verb("cut", "pull the underlay cable of a node", node=True)
-    verb("heal", "plug it in again", node=True)
+    verb("cut", "part a node from the underlay", node=True).add_argument("--carrier", action="store_true", help="its link goes down too")
+    verb("heal", "undo cut", node=True)
     verb("inventory", "path of the inventory; nodes.json lies beside it")
     verb("status", "what runs, as JSON")
     playbook = verb("playbook", "run ansible-playbook in the controller's namespace")
@@ -1171,6 +1217,8 @@ def main(argv=None):
             lab.reboot(args.node, wait=args.wait, hard=args.hard)
         elif args.verb == "poweroff":
             lab.poweroff(args.node, hard=args.hard)
+        elif args.verb == "cut":
+            lab.cut(args.node, carrier=args.carrier)
         elif args.verb == "add-node":
             print(lab.add_node())
         elif args.verb == "inventory":

@@ -192,8 +192,12 @@ def start_pings(lab, kinds=KINDS, families=None, rate=20, flows=None, size=64):
                                   "size": size}).start()
 
 
-def start_streams(lab, flows=None, families=None, bits_per_second=1_000_000):
-    """TCP streams of full segments. Default: from each first pod and each node to the first pod of the next node, all families."""
+def start_streams(lab, flows=None, families=None, bits_per_second=1_000_000, directions=("forth", "back")):
+    """TCP streams of full segments. Default: from each first pod and each node to the first pod of the next node, all families.
+
+    The source connects to the target; forth: the source sends; back: the target sends, as a server does that pushes. For NAT the
+    two differ: a packet that comes back for a connection the node has forgotten is answered with a reset.
+    """
     if flows is None:
         wanted = set()
         for number in lab.node_numbers:
@@ -201,11 +205,15 @@ def start_streams(lab, flows=None, families=None, bits_per_second=1_000_000):
             if following != number:
                 wanted |= {(f"node-{number}-pod-1", f"node-{following}-pod-1"), (f"node-{number}", f"node-{following}-pod-1")}
         flows = [flow for flow in matrix(lab, ("pod-pod", "host-pod"), families) if (flow["source"], flow["target"]) in wanted]
+    flows = [{**flow, "direction": direction} for flow in flows for direction in directions]
     return Traffic(lab, "streams", {"flows": flows, "rate": bits_per_second}).start()
 
 
 def start_requests(lab, interval=0.05, families=None, nodes=None, source="ctl"):
-    """A new TCP connection to the NodePort of each node every interval seconds, and one lasting connection per node and family."""
+    """A new TCP connection to the NodePort of each node every interval seconds, and lasting connections.
+
+    Lasting, per node and family: one with question and answer, one on which the pod sends all the time, one on which the client does.
+    """
     if not lab.options.nodeport:
         raise labs.LabError(f"lab {lab.name} is up without --nodeport")
     flows = [{"kind": "nodeport", "source": source, "target": node, "family": family, "address": address}
@@ -238,8 +246,8 @@ def describe(report):
     lines = [f"{report['tool']}: {report['seconds']:.1f} s"]
     for key, value in report.get("totals", {}).items():
         lines.append(f"  {key}: " + ", ".join(f"{name} {number}" for name, number in value.items()))
-    for key in ("sent", "received", "lost", "late", "failed", "errors", "stalled_ms", "frames", "clear_frames", "wireguard_frames", "drops",
-                "classes", "latest_tick_ms"):
+    for key in ("sent", "received", "lost", "late", "failed", "slow", "lasting_failed", "bulk_failed", "bulk_stalled_ms", "errors",
+                "stalled_ms", "frames", "clear_frames", "wireguard_frames", "drops", "classes", "latest_tick_ms"):
         if key in report:
             lines.append(f"  {key}: {report[key]}")
     return "\n".join(lines)
@@ -569,13 +577,13 @@ class Streams(Loop):
             listener = open_socket(self.lab, spec["target"], spec["family"], socket.SOCK_STREAM)
             listener.bind((spec["address"], 0))
             listener.listen(1)
-            sender = open_socket(self.lab, spec["source"], spec["family"], socket.SOCK_STREAM)
-            stream = {**spec, "listener": listener, "sender": sender, "receiver": None, "sent": 0, "received": 0, "wrong": 0,
-                      "errors": [], "last": None, "stall": 0.0, "stall_at": None, "credit": 0, "connected": False, "eof": False,
-                      "mss": 0, "retransmits": 0}
+            caller = open_socket(self.lab, spec["source"], spec["family"], socket.SOCK_STREAM)
+            stream = {**spec, "listener": listener, "caller": caller, "sender": None, "receiver": None, "sent": 0, "received": 0,
+                      "wrong": 0, "errors": [], "last": None, "stall": 0.0, "stall_at": None, "credit": 0, "eof": False, "mss": 0,
+                      "retransmits": 0}
             self.streams.append(stream)
             self.selector.register(listener, selectors.EVENT_READ, lambda mask, s=stream: self._accept(s))
-            code = sender.connect_ex(listener.getsockname()[:2])
+            code = caller.connect_ex(listener.getsockname()[:2])
             if code not in (0, errno.EINPROGRESS):
                 stream["errors"].append({"at": time.time(), "error": "connect " + errno.errorcode.get(code, str(code))})
         self.run_for(3.0, lambda: all(stream["receiver"] for stream in self.streams))
@@ -586,13 +594,15 @@ class Streams(Loop):
 
     def _accept(self, stream):
         try:
-            receiver, dummy = stream["listener"].accept()
+            accepted, dummy = stream["listener"].accept()
         except OSError:
             return
-        receiver.setblocking(False)
-        stream["receiver"] = receiver
-        stream["peer"] = receiver.getpeername()[0]
-        self.selector.register(receiver, selectors.EVENT_READ, lambda mask: self._receive(stream))
+        accepted.setblocking(False)
+        stream["peer"] = accepted.getpeername()[0]
+        forth = stream["direction"] == "forth"
+        stream["sender"] = stream["caller"] if forth else accepted
+        stream["receiver"] = accepted if forth else stream["caller"]
+        self.selector.register(stream["receiver"], selectors.EVENT_READ, lambda mask: self._receive(stream))
 
     def _receive(self, stream):
         try:
@@ -643,7 +653,7 @@ class Streams(Loop):
         return now + self.BURST_SECONDS
 
     def _measure(self, stream):
-        with contextlib.suppress(OSError, struct.error):
+        with contextlib.suppress(OSError, struct.error, AttributeError):
             info = stream["sender"].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
             stream["mss"] = struct.unpack_from("=I", info, 16)[0]
             stream["retransmits"] = struct.unpack_from("=I", info, 100)[0]
@@ -651,7 +661,7 @@ class Streams(Loop):
     def finish(self):
         for stream in self.streams:
             self._measure(stream)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):
                 stream["sender"].shutdown(socket.SHUT_WR)
         self.run_for(10.0, lambda: all(stream["eof"] or stream["receiver"] is None for stream in self.streams))
 
@@ -665,8 +675,8 @@ class Streams(Loop):
             stall, stall_at = stream["stall"], stream["stall_at"]
             if stream["last"] is not None and not stream["eof"] and time.monotonic() - stream["last"] > stall:
                 stall, stall_at = time.monotonic() - stream["last"], time.time()
-            flows.append({**{key: stream[key] for key in ("kind", "source", "target", "family", "address", "sent", "received", "wrong",
-                                                          "errors", "mss", "retransmits")},
+            flows.append({**{key: stream[key] for key in ("kind", "source", "target", "family", "address", "direction", "sent", "received",
+                                                          "wrong", "errors", "mss", "retransmits")},
                           "peer_seen": stream.get("peer"), "complete": stream["eof"] and stream["sent"] == stream["received"],
                           "longest_stall_ms": round(stall * 1000, 1), "longest_stall_at": stall_at})
         return {"sent": sum(flow["sent"] for flow in flows), "received": sum(flow["received"] for flow in flows),
@@ -677,6 +687,10 @@ class Streams(Loop):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # NodePort requests
 # ---------------------------------------------------------------------------------------------------------------------------------
+
+
+BULK_SECONDS, BULK_BYTES = 0.02, 2500  # about two full segments every 20 ms: 1 Mbit/s
+SILENT_SECONDS = 5.0  # TCP has repeated a lost segment several times by then (RFC 6298: from 1 s down to 0.2 s on Linux, doubling)
 
 
 class Requests(Loop):
@@ -693,6 +707,8 @@ class Requests(Loop):
                                "pods": collections.Counter(), "due": time.monotonic() + index * 0.007, "lasting": None,
                                "asked": 0, "answered": 0, "lasting_failures": [], "slowest": 0.0, "question": None, "next": 0.0})
         self.open = {}
+        self.bulk = [{"flow": flow, "way": way, "sock": None, "bytes": 0, "last": None, "stall": 0.0, "failures": [], "next": 0.0}
+                     for flow in self.flows for way in ("download", "upload")]
 
     def tick(self, now):
         interval = self.config["interval"]
@@ -701,10 +717,12 @@ class Requests(Loop):
                 flow["due"] = max(flow["due"] + interval, now - 1.0)
                 self._request(flow, now)
             self._lasting(flow, now)
+        for bulk in self.bulk:
+            self._bulk(bulk, now)
         for sock, request in list(self.open.items()):
             if now - request["started"] > ANSWER_SECONDS:
                 self._end(sock, "timeout")
-        return min([flow["due"] for flow in self.flows] + [now + 0.05])
+        return min([flow["due"] for flow in self.flows] + [now + BULK_SECONDS])
 
     def _request(self, flow, now):
         flow["sent"] += 1
@@ -806,6 +824,62 @@ class Requests(Loop):
             flow["slowest"] = max(flow["slowest"], time.monotonic() - flow["question"])
             flow["question"] = None
 
+    def _bulk(self, bulk, now):
+        """Send or receive without pause; the server answers every piece of an upload with a byte, so both ways show a standstill."""
+        if now < bulk["next"]:
+            return
+        bulk["next"] = now + BULK_SECONDS
+        if bulk["last"] is not None and now - bulk["last"] > SILENT_SECONDS:
+            # The other end was told that the connection is gone, and we were not.
+            bulk["stall"] = max(bulk["stall"], now - bulk["last"])
+            self._bulk_failed(bulk, f"silent for {SILENT_SECONDS} s")
+            return
+        if bulk["sock"] is None:
+            flow = bulk["flow"]
+            bulk["sock"] = sock = open_socket(self.lab, flow["source"], flow["family"], socket.SOCK_STREAM)
+            bulk["last"], bulk["asked"] = None, False
+            sock.connect_ex((flow["address"], labs.NODEPORT))
+            self.selector.register(sock, selectors.EVENT_READ, lambda mask, b=bulk, s=sock: self._bulk_read(b, s))
+            return
+        try:
+            if not bulk["asked"]:
+                bulk["sock"].send(f"{bulk['way']}\n".encode())
+                bulk["asked"] = True
+            elif bulk["way"] == "upload":
+                bulk["bytes"] += bulk["sock"].send(bytes(BULK_BYTES))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno == errno.ENOTCONN or (error.errno == errno.EPIPE and not bulk["asked"]):
+                return
+            self._bulk_failed(bulk, errno.errorcode.get(error.errno, str(error.errno)))
+
+    def _bulk_read(self, bulk, sock):
+        try:
+            data = sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._bulk_failed(bulk, errno.errorcode.get(error.errno, str(error.errno)))
+            return
+        if not data:
+            self._bulk_failed(bulk, "closed")
+            return
+        now = time.monotonic()
+        if bulk["last"] is not None:
+            bulk["stall"] = max(bulk["stall"], now - bulk["last"])
+        bulk["last"] = now
+        if bulk["way"] == "download":
+            bulk["bytes"] += len(data)
+
+    def _bulk_failed(self, bulk, error):
+        bulk["failures"].append({"at": round(time.time(), 3), "error": error})
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(bulk["sock"])
+        bulk["sock"].close()
+        bulk["sock"] = bulk["last"] = None
+        bulk["next"] = time.monotonic() + 0.5
+
     def _lasting_failed(self, flow, error):
         flow["lasting_failures"].append({"at": round(time.time(), 3), "error": error})
         with contextlib.suppress(KeyError, ValueError):
@@ -828,9 +902,17 @@ class Requests(Loop):
                                                         "asked", "answered", "lasting_failures")},
                           "sources_seen": dict(flow["sources"]), "pods": dict(flow["pods"]),
                           "slowest_answer_ms": round(flow["slowest"] * 1000, 1)})
+        now = time.monotonic()
+        for bulk in self.bulk:
+            if bulk["last"] is not None and not self.stopping:
+                bulk["stall"] = max(bulk["stall"], now - bulk["last"])
+        bulk = [{**{key: bulk["flow"][key] for key in ("source", "target", "family")}, "way": bulk["way"], "bytes": bulk["bytes"],
+                 "failures": bulk["failures"], "longest_stall_ms": round(bulk["stall"] * 1000, 1)} for bulk in self.bulk]
         return {"sent": sum(flow["sent"] for flow in flows), "ok": sum(flow["ok"] for flow in flows),
                 "slow": sum(flow["slow"] for flow in flows), "failed": sum(len(flow["failures"]) for flow in flows),
-                "lasting_failed": sum(len(flow["lasting_failures"]) for flow in flows), "flows": flows}
+                "lasting_failed": sum(len(flow["lasting_failures"]) for flow in flows),
+                "bulk_failed": sum(len(entry["failures"]) for entry in bulk),
+                "bulk_stalled_ms": max((entry["longest_stall_ms"] for entry in bulk), default=0), "bulk": bulk, "flows": flows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1038,7 +1120,9 @@ class Sniffer(Loop):
 
 
 async def serve_pods(lab):
-    """TCP port 8080 in every pod, all in this process. GET answers who asked; any other line is answered, as often as one comes."""
+    """TCP port 8080 in every pod, all in this process. GET answers who asked; the lines download and upload start bulk traffic on
+    the connection; any other line is answered, as often as one comes.
+    """
     serving, writers = {}, set()
 
     async def answer(pod, reader, writer):
@@ -1057,6 +1141,15 @@ async def serve_pods(lab):
                     body = text + "\n"
                     writer.write(f"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
                     await writer.drain()
+                    break
+                if line == b"download\n":
+                    while True:
+                        writer.write(bytes(BULK_BYTES))
+                        await writer.drain()
+                        await asyncio.sleep(BULK_SECONDS)
+                if line == b"upload\n":
+                    while await reader.read(65536):
+                        writer.write(b".")
                     break
                 writer.write(f"{text}\n".encode())
                 await writer.drain()
