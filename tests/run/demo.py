@@ -32,6 +32,15 @@ PINGS_PER_SECOND = 20
 LOOK = 5
 
 
+# For reading: tables line by line, and nothing about tasks that do nothing.
+ANSIBLE_CFG = """\
+[defaults]
+callback_result_format = yaml
+display_skipped_hosts = false
+nocows = true
+"""
+
+
 def heading(text):
     """Print what comes next."""
     print(f"\n== {text}", flush=True)
@@ -91,7 +100,7 @@ def up():
     earlier = made(place)
     shutil.rmtree(place, ignore_errors=True)
     archive, collections = prepare.install_artifact(venv, place)
-    (place / "ansible.cfg").write_text("[defaults]\nnocows = true\n", encoding="utf-8")
+    (place / "ansible.cfg").write_text(ANSIBLE_CFG, encoding="utf-8")
     print(f"   {archive.name}, installed as a user would", flush=True)
 
     import lab as labs
