@@ -17,6 +17,7 @@ Checks that use one core run two at a time where the machine has two; those that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -98,11 +99,14 @@ class Context:
             try:
                 os.killpg(process.pid, number)
                 process.wait(timeout=patience)
-                return
+                break
             except ProcessLookupError:
                 return
             except subprocess.TimeoutExpired:
                 continue
+        with contextlib.suppress(ProcessLookupError):
+            # What outlived the program that started it: background jobs of a shell ignore the first signal.
+            os.killpg(process.pid, signal.SIGKILL)
 
     def close(self):
         """Close the log and remove the work directory."""
