@@ -40,6 +40,10 @@ IMPURE = {
 # Plain conversions in an otherwise impure module.
 HARMLESS = {"socket": {"AF_INET", "AF_INET6", "inet_ntop", "inet_pton"}}
 
+# Variables of the playbooks rather than of the role, and variables that the role sets for its own modules.
+PLAYBOOK_VARIABLES = {"mesh_hosts"}
+PRIVATE_VARIABLES = {"mesh_node_facts"}
+
 CONTROLLER_MARK = re.compile(r"controller[ -]only", re.IGNORECASE)
 
 
@@ -152,7 +156,8 @@ def readme_section(title):
 
 def table_names(title):
     """The names in backquotes in the first column of the README's table below TITLE."""
-    return {name for row in re.findall(r"^\| ([^|]*) \|", readme_section(title), re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)}
+    rows = re.findall(r"^\| ([^|]*) \|", readme_section(title), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 
 def compare(what, left_name, left, right_name, right):
@@ -185,8 +190,9 @@ def check_catalogue():
         # A default that is an expression cannot be stated in an argument spec.
         if stated != real and not (isinstance(real, str) and "{{" in real):
             yield f"variable {name}: default {real!r} in {role}/defaults/main.yml, {stated!r} in {role}/meta/argument_specs.yml"
-    if documented:
-        yield from compare("variable", f"{role}/meta/argument_specs.yml", documented, "README.md", table_names("Variables"))
+    known = set(load_yaml(f"{role}/vars/main.yml").get("__mesh_known_variables") or []) - PRIVATE_VARIABLES
+    for place, names in ((f"{role}/vars/main.yml", known), ("README.md", table_names("Variables"))):
+        yield from compare("variable", f"{role}/meta/argument_specs.yml", documented | PLAYBOOK_VARIABLES, place, names)
 
 
 def main():
