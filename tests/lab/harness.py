@@ -1,0 +1,168 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the lab tests share: a playbook that must work, traffic that must not be lost, a wire that must show nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import lab as labs  # noqa: E402
+import traffic  # noqa: E402
+
+# Seconds that the wire is looked at: ten markers a second and flow.
+LOOK = 3
+RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
+
+
+class Run:
+    """One run of a playbook: ``rc``, ``text``, ``recap`` {host: {"ok", "changed", "unreachable", "failed"}}."""
+
+    def __init__(self, completed):
+        self.rc, self.text = completed.returncode, completed.stdout
+        self.recap = {
+            found[0]: dict(zip(("ok", "changed", "unreachable", "failed"), map(int, found[1:]))) for found in RECAP.findall(self.text)}
+
+    def changed(self):
+        return {host: counts["changed"] for host, counts in self.recap.items()}
+
+
+def playbook(lab, name, *args, rc=0, source="inventory", env=None, timeout=600):
+    """Run a playbook of the collection (or a file); its exit code must be ``rc``."""
+    what = name if "/" in name else "kubemesh.wireguard.%s" % name
+    extra = ["-e", "mesh_nodes_source=%s" % source] if source and name == "enable" else []
+    run = Run(lab.ansible_playbook([what, *extra, *args], env=env, timeout=timeout))
+    assert run.rc == rc, "%s %s ended with %s, not %s:\n%s" % (what, " ".join(args), run.rc, rc, run.text[-6000:])
+    return run
+
+
+class Watched:
+    """Traffic of every kind while something happens; leaving the block judges it.
+
+    Pings at 20/s on every flow, TCP streams of full segments both ways, and with a NodePort new and lasting connections to it.
+    """
+
+    def __init__(self, lab, kinds=traffic.KINDS, flows=None):
+        self.lab, self.kinds, self.flows = lab, kinds, flows
+        self.tools, self.reports = {}, {}
+
+    def __enter__(self):
+        self.tools["pings"] = traffic.start_pings(self.lab, kinds=self.kinds, flows=self.flows)
+        self.tools["streams"] = traffic.start_streams(self.lab)
+        if self.lab.options.nodeport:
+            self.tools["requests"] = traffic.start_requests(self.lab)
+        time.sleep(1)  # every flow has packets and connections before anything happens
+        return self
+
+    def __exit__(self, kind, dummy_error, dummy_trace):
+        self.reports = {name: tool.stop() for name, tool in self.tools.items()}
+        if kind is None:
+            self.judge()
+
+    def judge(self):
+        pings, streams = self.reports["pings"], self.reports["streams"]
+        said = "\n".join(traffic.describe(report) for report in self.reports.values())
+        assert pings["sent"] > 100 and pings["drops"] == 0, said
+        lost = [
+            "%(source)s -> %(target)s %(family)s lost %(lost)d at %(lost_at)s" % dict(flow, lost_at=flow["lost_at"][:5])
+            for flow in pings["flows"] if flow["lost"]]
+        assert not lost, "lost packets:\n%s\n%s" % ("\n".join(lost[:40]), said)
+        assert streams["sent"] > 0 and streams["errors"] == 0 and streams["wrong"] == 0, said
+        if "requests" in self.reports:
+            requests = self.reports["requests"]
+            assert requests["ok"] > 0, said
+            assert requests["failed"] == requests["lasting_failed"] == requests["bulk_failed"] == 0, said
+
+
+def wire(lab, kinds=("pod-pod",)):
+    """What the underlay shows of marked packets for a few seconds: the sniffer's report, with the markers' beside it."""
+    markers, sniffer = traffic.start_markers(lab, kinds=kinds), traffic.start_sniffer(lab)
+    time.sleep(LOOK)
+    seen, sent = sniffer.stop(), markers.stop()
+    assert sent["received"] > 0 and seen["frames"] > 0 and seen["drops"] == 0, (sent, seen)
+    return seen
+
+
+def assert_clear(lab):
+    """Before the mesh: the marker can be read, so the sniffer works and the test means something."""
+    seen = wire(lab)
+    assert seen["clear_frames"] > 0 and seen["wireguard_frames"] == 0, traffic.describe(seen)
+
+
+def assert_encrypted(lab, kinds=("pod-pod", "host-pod", "pod-host")):
+    """No marker in clear, and WireGuard's packets instead."""
+    seen = wire(lab, kinds)
+    assert seen["clear_frames"] == 0, seen["clear"][:10]
+    assert seen["wireguard_frames"] > 0, traffic.describe(seen)
+
+
+def traces(lab, node):
+    """Everything of a node that the mesh could leave behind, as text by what it is."""
+    script = r"""
+cd /
+echo "## files"; find /etc /run/kubemesh /usr/local /var/lib /root -xdev \( -path /etc/ssh -o -path '*/systemd/timers' \
+  -o -path '/root/.ansible*' -o -path '*/__pycache__*' \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null | sort -z | xargs -0r sha256sum 2>/dev/null
+echo "## folders"; find /etc -xdev -type d | sort
+echo "## links"; ip -o link | sed 's/^[0-9]*: //; s/ \(mtu\|qlen\) .*//' | sort
+echo "## addresses"; ip -o addr | awk '{print $2, $4}' | sort
+echo "## rules"; ip rule; ip -6 rule
+echo "## routes"; for t in main 51840 51841; do ip route show table $t 2>/dev/null; ip -6 route show table $t 2>/dev/null; done | sed 's/ expires [0-9]*sec//' | sort
+echo "## sysctls"; sysctl -a 2>/dev/null | grep -E 'rp_filter|src_valid_mark|forwarding|addr_gen_mode|disable_ipv6' | sort
+echo "## nft"; nft list ruleset 2>/dev/null | grep -v counter
+echo "## units"; systemctl list-unit-files --no-legend --no-pager | sort
+echo "## processes"; ps -eo args | grep -E 'wireguard|kubemesh' | grep -v grep
+"""
+    text = lab.exec(node, ["sh", "-c", script]).stdout
+    text = text.decode() if isinstance(text, bytes) else text
+    parts = {}
+    for part in text.split("## ")[1:]:
+        title, dummy, body = part.partition("\n")
+        parts[title] = body.splitlines()
+    return parts
+
+
+def differences(before, after):
+    """Lines of `traces` that came or went."""
+    found = []
+    for title in before:
+        found += ["%s: - %s" % (title, line) for line in before[title] if line not in after[title]]
+        found += ["%s: + %s" % (title, line) for line in after[title] if line not in before[title]]
+    return found
+
+
+def info(lab, node):
+    """Result of `mesh_info` on a node, by a playbook of its own."""
+    play = lab.state / "info.yml"
+    play.write_text(json.dumps([{
+        "hosts": node, "gather_facts": False, "become": True, "tasks": [
+            {"kubemesh.wireguard.mesh_info": {"node": node}, "register": "info"},
+            {"ansible.builtin.copy": {"content": "{{ info | to_json }}", "dest": str(lab.state / "info.json")},
+             "delegate_to": "localhost", "become": False, "vars": {"ansible_connection": "local"}},
+        ]}]))
+    playbook(lab, str(play))
+    return json.loads((lab.state / "info.json").read_text())
+
+
+def states(lab, node):
+    """{peer: state} of a node."""
+    return {row["name"]: row["state"] for row in info(lab, node)["peers"]}
+
+
+def made(name, **options):
+    """A lab that is up; one of the same name that was left over is removed first."""
+    lab = labs.Lab(name)
+    lab.down()
+    lab.up(**options)
+    return lab
+
+
+def keep_on_failure():
+    """KUBEMESH_LAB_KEEP=1 leaves the hosts up, to look at them."""
+    return os.environ.get("KUBEMESH_LAB_KEEP") == "1"

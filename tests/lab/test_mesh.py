@@ -1,0 +1,160 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The life of one mesh on real hosts, step by step: each test goes on from the one before. Traffic runs through every step."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from harness import (
+    Watched,
+    assert_clear,
+    assert_encrypted,
+    differences,
+    info,
+    keep_on_failure,
+    made,
+    playbook,
+    states,
+    traces,
+    wire,
+)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """Three nodes as hostile as they come: strict reverse-path filtering, masqueraded pods, a NodePort that leads to another node."""
+    found = made("mesh", nodes=3, pods=2, rp_filter=1, masquerade=True, nodeport=True)
+    found.before = {node: traces(found, node) for node in found.nodes}
+    yield found
+    if not keep_on_failure():
+        found.down()
+
+
+def steps_of(text):
+    """What a run changed or would change, by host: the lines of --diff, without keys and temporary names, which differ by nature."""
+    text = re.sub(r"[A-Za-z0-9+/]{43}=", "KEY", text)
+    text = re.sub(r"fe80::[0-9a-f:]+", "PROBE", text)
+    return sorted({line for line in text.splitlines() if line[:1] in "+-" and not line.startswith(("+++", "---"))})
+
+
+def test_plain_before(lab):
+    assert_clear(lab)
+
+
+def test_check_on_a_fresh_cluster_changes_nothing_and_says_what_would(lab):
+    run = playbook(lab, "enable", "--check", "--diff")
+    lab.predicted = run
+    assert all(number > 0 for number in run.changed().values())
+    for node in lab.nodes:
+        assert differences(lab.before[node], traces(lab, node)) == []
+
+
+def test_enable_loses_nothing(lab):
+    with Watched(lab):
+        run = playbook(lab, "enable", "--diff")
+    assert steps_of(run.text) == steps_of(lab.predicted.text)
+    assert run.changed() == lab.predicted.changed()
+    assert "3 of 3 nodes done" in run.text
+    assert_encrypted(lab)
+
+
+def test_status_shows_every_pair_encrypted(lab):
+    run = playbook(lab, "status")
+    assert run.text.count("2 encrypted") == 3
+    for node in lab.nodes:
+        assert set(states(lab, node).values()) == {"encrypted"}
+
+
+def test_second_run_changes_nothing(lab):
+    with Watched(lab):
+        run = playbook(lab, "enable")
+    assert set(run.changed().values()) == {0}
+
+
+def test_check_on_an_enabled_cluster_changes_nothing(lab):
+    run = playbook(lab, "enable", "--check", "--diff")
+    assert set(run.changed().values()) == {0}
+
+
+def test_networkd_restart_keeps_rules_and_routes(lab):
+    with Watched(lab):
+        before = traces(lab, "node-2")
+        lab.exec("node-2", ["systemctl", "restart", "systemd-networkd"])
+        time.sleep(2)
+        after = traces(lab, "node-2")
+    assert before["rules"] == after["rules"]
+    assert [line for line in before["routes"] if "wgmesh0" in line] == [line for line in after["routes"] if "wgmesh0" in line]
+
+
+def test_reboot_brings_the_mesh_back_before_pods_start(lab):
+    before = info(lab, "node-3")
+    lab.reboot("node-3", wait=True)
+    after = info(lab, "node-3")
+    assert after["device"]["public_key"] == before["device"]["public_key"]
+    assert after["device"]["addresses"] == before["device"]["addresses"]
+    assert after["sending"]
+    log = lab.exec("node-3", ["cat", "/var/log/kubelet-start.log"]).stdout
+    last = (log.decode() if isinstance(log, bytes) else log).split("=== ")[-1]
+    assert "wgmesh0" in last and "lookup 51840" in last, last
+    time.sleep(2)
+    playbook(lab, "status")
+    assert set(states(lab, "node-3").values()) == {"encrypted"}
+    assert_encrypted(lab)
+    run = playbook(lab, "enable")
+    assert set(run.changed().values()) == {0}
+
+
+def test_a_node_is_added(lab):
+    with Watched(lab):
+        lab.add_node()
+        playbook(lab, "enable")
+    assert set(states(lab, "node-4").values()) == {"encrypted"}
+    assert_encrypted(lab)
+
+
+def test_limit_removes_nothing(lab):
+    with Watched(lab):
+        run = playbook(lab, "enable", "--limit", "node-2")
+    assert run.changed() == {"node-2": 0}
+    assert len(states(lab, "node-2")) == 3
+
+
+def test_an_unreachable_host_is_kept(lab):
+    lab.cut("node-4")
+    playbook(lab, "enable", rc=4)
+    lab.heal("node-4")
+    for node in ("node-1", "node-2", "node-3"):
+        found = states(lab, node)
+        assert "node-4" in found
+    with Watched(lab):
+        playbook(lab, "enable")
+    for node in lab.nodes:
+        assert set(states(lab, node).values()) == {"encrypted"}
+
+
+def test_disable_of_one_node_keeps_what_others_need(lab):
+    with Watched(lab):
+        playbook(lab, "disable", "--limit", "node-4")
+    assert not info(lab, "node-4")["sending"]
+    assert info(lab, "node-1")["sending"]
+    with Watched(lab):
+        playbook(lab, "enable")
+
+
+def test_disable_loses_nothing_and_leaves_no_trace(lab):
+    with Watched(lab):
+        playbook(lab, "disable")
+    assert wire(lab)["clear_frames"] > 0
+    for node in ("node-1", "node-2"):
+        assert differences(lab.before[node], traces(lab, node)) == []
+
+
+def test_enable_again_after_disable(lab):
+    with Watched(lab):
+        playbook(lab, "enable")
+    assert_encrypted(lab)
