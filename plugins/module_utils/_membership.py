@@ -120,6 +120,12 @@ def compile_queries(queries=None):
             continue
         try:
             compiled[field] = jmespath.compile(text)
+            try:
+                compiled[field].search({})
+            except jmespath.exceptions.UnknownFunctionError:
+                raise  # only found when run, and then on every node; what else fails on nothing may be right for a Node
+            except jmespath.exceptions.JMESPathError:
+                pass
         except jmespath.exceptions.JMESPathError as exc:
             raise MeshError("%s: %s is not a JMESPath expression: %s" % (_QUERY_NAMES[field], shown(text), _one_line(exc))) from None
     return compiled

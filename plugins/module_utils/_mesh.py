@@ -77,9 +77,12 @@ class MeshError(Exception):
         self.problems = list(problems) if problems is not None else [message]
 
 
-def joined_error(headline, problems):
-    """One `MeshError` for many findings, each on a line of its own, all of them."""
-    return MeshError("%s (%d):\n%s" % (headline, len(problems), "\n".join("- " + text for text in problems)), problems)
+def joined_error(headline, problems, limit=100):
+    """One `MeshError` for many findings, each on a line of its own; beyond ``limit`` lines they are only in ``problems``."""
+    lines = ["- " + text for text in problems[:limit]]
+    if len(problems) > limit:
+        lines.append("and %d more" % (len(problems) - limit))
+    return MeshError("%s (%d):\n%s" % (headline, len(problems), "\n".join(lines)), problems)
 
 
 def shown(value, limit=80):
