@@ -55,6 +55,11 @@ options:
       - The default is all nodes of the mesh document that have a key of this generation.
     type: list
     elements: str
+  again:
+    description:
+      - Probe only those peers that O(proof_file) says were reached, to see that they still are. Where there are none, nothing is done.
+    type: bool
+    default: false
   timeout:
     description:
       - Seconds until peers that did not answer are given up.
@@ -326,7 +331,11 @@ def run(module):
     if params["timeout"] <= 0:
         raise MeshError("timeout: %s is not a number of seconds above 0" % params["timeout"])
     doc = read_document(params["document_file"])
-    peers, without_key = _probe.plan_peers(doc, params["node"], params["generation"], params["peers"])
+    names = params["peers"]
+    if params["again"]:
+        known = _probe.proven_names(_probe.read_proof(proof_file), doc, params["generation"])
+        names = sorted(known if names is None else known & set(names))
+    peers, without_key = ({}, []) if names == [] else _probe.plan_peers(doc, params["node"], params["generation"], names)
 
     found_device = _probe.device(interface)
     if found_device is None:
@@ -337,7 +346,7 @@ def run(module):
                     msg="there is no device %s yet, so nothing was probed; without check mode, %d peers would be" % (interface, len(peers)))
 
     method, entries = probe_peers(module, doc, peers, interface, found_device)
-    if params["peers"] is not None:
+    if names is not None:
         for name in without_key:
             entries[name] = _probe.no_key_entry()
     if not module.check_mode:
@@ -363,6 +372,7 @@ def main():
             "generation": {"type": "int", "choices": [0, 1], "default": 0},
             "interface": {"type": "str"},
             "peers": {"type": "list", "elements": "str"},
+            "again": {"type": "bool", "default": False},
             "timeout": {"type": "float", "default": 15},
             "full_size": {"type": "bool", "default": True},
             "method": {"type": "str", "choices": ["auto", "echo", "handshake"], "default": "auto"},
