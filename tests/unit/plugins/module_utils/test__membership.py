@@ -640,7 +640,7 @@ class TestOverlaps:
         ({"addresses": ["198.18.0.1"]}, {},
          "node worker-2, node address 198.18.0.1/32: overlaps node worker-1, node address 198.18.0.1/32: each node needs"),
         ({"addresses": ["10.244.1.7"]}, {}, "node worker-2, node address 10.244.1.7/32: overlaps node worker-1, pod CIDR 10.244.1.0/24"),
-        ({"cidrs": ["198.18.0.0/24"]}, {}, "overlaps node worker-2, pod CIDR 198.18.0.0/24: what carries the tunnel would go through the tunnel"),
+        ({"cidrs": ["198.18.0.0/24"]}, {}, "overlaps node worker-2, pod CIDR 198.18.0.0/24: what carries the tunnel would go through"),
         ({"addresses": ["10.96.0.10"]}, {"service_cidrs": ["10.96.0.0/12"]},
          "node worker-2, node address 10.96.0.10/32: overlaps service CIDR 10.96.0.0/12"),
         ({"cidrs": ["10.96.0.0/24"]}, {"service_cidrs": ["10.96.0.0/12"]},
