@@ -49,6 +49,8 @@ NODE_PACKAGES = (
     "systemd,systemd-sysv,dbus,python3,python3-apt,sudo,iproute2,iputils-ping,wireguard-tools,wireguard-go,nftables,iptables,conntrack,"
     "procps,kmod,openssh-server"
 )
+# Releases without wireguard-go: they get that of this machine, with the C library it was linked to.
+WITHOUT_WIREGUARD_GO = ("bullseye",)
 # Change it whenever build_base() changes: the image of an older recipe is then not used any more.
 BASE_RECIPE = "3"
 
@@ -294,7 +296,10 @@ def build_base(release, say):
         shutil.rmtree(building, ignore_errors=True)
         say(f"building the {release} base image (about a minute, once)")
         try:
-            run(["debootstrap", "--variant=minbase", f"--include={NODE_PACKAGES}", release, building, MIRROR], timeout=1800)
+            packages = NODE_PACKAGES.replace("wireguard-go,", "") if release in WITHOUT_WIREGUARD_GO else NODE_PACKAGES
+            run(["debootstrap", "--variant=minbase", f"--include={packages}", release, building, MIRROR], timeout=1800)
+            if release in WITHOUT_WIREGUARD_GO:
+                borrow_wireguard_go(building)
             dress_base(building)
             run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "kubemesh-lab", "-f", building / "root/lab-controller-key"])
             building.rename(base)
@@ -306,6 +311,24 @@ def build_base(release, say):
             if old != base and str(old) not in Path("/proc/self/mountinfo").read_text():
                 shutil.rmtree(old, ignore_errors=True)
     return base
+
+
+def borrow_wireguard_go(root):
+    """Copy wireguard-go of this machine with its loader and libraries, so that the older C library of the image does not matter.
+
+    It must run in the foreground (-f): to go into the background it would start /proc/self/exe, which is the loader here.
+    """
+    folder = Path(root, "usr/local/lib/wireguard-go")
+    folder.mkdir(parents=True)
+    program = Path(shutil.which("wireguard-go")).resolve()
+    shutil.copy2(program, folder / "wireguard-go")
+    for word in run(["ldd", program]).stdout.split():
+        if word.startswith("/"):
+            shutil.copy2(Path(word).resolve(), folder / Path(word).name)
+    loader = next(path.name for path in folder.iterdir() if path.name.startswith("ld-linux"))
+    place = "/usr/local/lib/wireguard-go"
+    write_file(root, "/usr/bin/wireguard-go",
+               f"#!/bin/sh\nexec {place}/{loader} --library-path {place} {place}/wireguard-go \"$@\"\n", 0o755)
 
 
 def dress_base(root):
@@ -1028,6 +1051,7 @@ class Lab:
         Returns a CompletedProcess: returncode (124 after a timeout, its whole process group is then ended), stdout (with stderr) and,
         as attribute log, the path of the file that holds the same output.
         """
+        dummy = self.options  # an error says so when the lab is not up
         argv = ["ip", "netns", "exec", self.namespace("ctl"), program, "-i", str(self.inventory()), *[str(arg) for arg in args]]
         number = len(list((self.state / "logs").glob("playbook-*.log"))) + 1
         log = self.state / "logs" / f"playbook-{number:03d}.log"
