@@ -44,7 +44,7 @@ import os
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _keys
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg_plan import OPERATIONS, canonical_prefix
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg_plan import OPERATIONS, canonical_endpoint, canonical_prefix
 
 KEY_BYTES = 32  # Curve25519 and preshared keys: WG_KEY_LEN, include/uapi/linux/wireguard.h
 
@@ -221,6 +221,8 @@ class StepClient:
         """
         batch = []
         removals = []
+        steps = list(steps)
+        self._check(name, steps)
         for step in steps:
             if step["op"] != "remove_allowed_ips":
                 self._remove_allowed_ips(name, removals)
@@ -235,6 +237,31 @@ class StepClient:
         self._remove_allowed_ips(name, removals)
         self._flush(name, batch)
 
+    def _check(self, name, steps):
+        """Look at everything that steps need before the first one is carried out: a missing file is no reason to stop half way."""
+        for step in steps:
+            if step["op"] == "set_device":
+                if "private_key_file" in step:
+                    wipe(self._private_key(name, step))
+            else:
+                entry = entry_of(step)
+                if "endpoint" in entry:
+                    canonical_endpoint(entry["endpoint"])
+                if entry.get("preshared_key_file"):
+                    wipe(read_preshared_key(entry["preshared_key_file"]))
+
+    def _private_key(self, name, step):
+        """The private key of a step, bytearray of 32 bytes; `MeshError` if it does not belong to the public key in the step."""
+        private_key = _keys.read_private_key(step["private_key_file"])
+        wanted = step.get("public_key")
+        found = x25519_public_key(private_key, self._run_command) if wanted else None
+        if found != wanted:
+            wipe(private_key)
+            # the others accept us under the wanted key only
+            raise MeshError("device %s: the private key in %s has the public key %s, but %s is the one that the mesh knows; run again, so "
+                            "that the keys are exchanged anew" % (name, step["private_key_file"], found, wanted))
+        return private_key
+
     def _flush(self, name, batch):
         if batch:
             self._set_peers(name, batch)
@@ -244,14 +271,7 @@ class StepClient:
         private_key = None
         try:
             if "private_key_file" in step:
-                private_key = _keys.read_private_key(step["private_key_file"])
-                wanted = step.get("public_key")
-                if wanted:
-                    found = x25519_public_key(private_key, self._run_command)
-                    if found != wanted:
-                        # the others accept us under the wanted key only
-                        raise MeshError("device %s: the private key in %s has the public key %s, but %s is the one that the mesh knows; "
-                                        "run again, so that the keys are exchanged anew" % (name, step["private_key_file"], found, wanted))
+                private_key = self._private_key(name, step)
             self._set_device(name, private_key, step.get("listen_port"), step.get("fwmark"))
         finally:
             wipe(private_key)

@@ -273,6 +273,8 @@ class EntryEncoder:
             return False
         message.end(peer)
         self._started = True
+        # it is in the message and in no later part
+        self.wipe()
         return bool(complete)
 
     def wipe(self):
@@ -339,6 +341,16 @@ def set_peers_messages(family, name, entries, sequence, load_key=None, limit=MES
     Yields ``(message, [public keys])``. ``load_key(path)`` gives the bytes of a preshared key; it is called as late as possible and what
     it gave is wiped as soon as it is in the message. The caller sends and wipes each message before it asks for the next.
     """
+    waiting = []
+    try:
+        yield from _set_peers_messages(family, name, entries, sequence, load_key, limit, waiting)
+    finally:
+        for encoder in waiting:
+            encoder.wipe()
+
+
+def _set_peers_messages(family, name, entries, sequence, load_key, limit, waiting):
+    """`set_peers_messages`; ``waiting`` has the encoder that did not get its peer into a message yet."""
     encoders = iter(entries)
     encoder = None
     while True:
@@ -351,13 +363,13 @@ def set_peers_messages(family, name, entries, sequence, load_key=None, limit=MES
                 if entry is None:
                     break
                 encoder = _encoder(entry, load_key)
+                waiting[:] = [encoder]
             before = message.length
             complete = encoder.encode(message)
             if message.length > before:
                 keys.append(encoder.entry["public_key"])
             if not complete:
                 break
-            encoder.wipe()
             encoder = None
         if not keys:
             if encoder is not None:

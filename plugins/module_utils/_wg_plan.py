@@ -17,6 +17,7 @@ Rules that a plan keeps, whatever the difference is:
   of the node in its trie (drivers/net/wireguard/allowedips.c, add()); so do wireguard-go and the others.
 * Adding comes before removing, everywhere. So a prefix that is replaced by its halves is covered all the time, and a node that came back
   under a new key has its addresses with the new key before the old key goes.
+* Whatever is done, an address is at any time with the peer it had before or with the one it gets (see `_entangled`).
 * A peer that roamed stays where it is. WireGuard learns endpoints from authenticated packets and knows better than any document; putting
   the configured one back on every run broke sessions (Kilo #82; Calico does it every 90 s). See `_endpoint_to_set` for when one is set.
 """
@@ -206,31 +207,80 @@ def plan_device(current, wanted, previous_endpoints=None, names=None):
     peers = _wanted_peers(wanted, names)
     state = current if current is not None else empty_state("")
     previous = {key: canonical_endpoint(text) for key, text in (previous_endpoints or {}).items()}
-    owners = {prefix: key for key, peer in peers.items() for prefix in peer["allowed_ips"]}
     steps = _device_steps(current, wanted)
     # WireGuard itself drops a peer that has the key which the device gets (netlink.c, wg_set_device)
     dropped = steps[0].get("public_key") if steps else None
     there = {key: peer for key, peer in state["peers"].items() if key != dropped}
-    added, updated, grown, shrunk, removed = [], [], [], [], []
+    removed = [] if wanted.get("keep_unknown_peers") else [key for key in sorted(there) if key not in peers]
+    owners = {prefix: key for key, peer in peers.items() for prefix in peer["allowed_ips"]}
+    present = {canonical_prefix(text): key for key, peer in there.items() for text in peer["allowed_ips"]}
+    missing = {prefix: key for prefix, key in owners.items() if present.get(prefix) != key}
+    # what another peer takes over goes by being added there
+    surplus = {prefix: key for prefix, key in present.items() if prefix not in owners and (key in peers or key in removed)}
+    ordered = _entangled(present, owners)
+    first = _by_peer(prefix_and_key for prefix_and_key in missing.items() if prefix_and_key[0] not in ordered)
+    last = _by_peer((prefix, key) for prefix, key in surplus.items() if prefix not in ordered and key in peers)
     for key in sorted(peers):
-        want = peers[key]
         if key not in there:
-            added.append(_add_peer(key, want))
-            continue
-        step = _update_peer(key, there[key], want, previous.get(key))
+            steps.append(_add_peer(key, peers[key], first.pop(key, [])))
+    for key in sorted(peers):
+        step = _update_peer(key, there[key], peers[key], previous.get(key)) if key in there else None
         if step:
-            updated.append(step)
-        has = {canonical_prefix(text) for text in there[key]["allowed_ips"]}
-        missing = [prefix for prefix in want["allowed_ips"] if prefix not in has]
-        if missing:
-            grown.append({"op": "add_allowed_ips", "public_key": key, "allowed_ips": missing})
-        # what another peer takes over goes by being added there
-        surplus = sorted(prefix for prefix in has if prefix not in owners)
-        if surplus:
-            shrunk.append({"op": "remove_allowed_ips", "public_key": key, "allowed_ips": surplus})
-    if not wanted.get("keep_unknown_peers"):
-        removed = [{"op": "remove_peer", "public_key": key} for key in sorted(there) if key not in peers]
-    return steps + added + updated + grown + shrunk + removed
+            steps.append(step)
+    steps.extend({"op": "add_allowed_ips", "public_key": key, "allowed_ips": first[key]} for key in sorted(first))
+    steps.extend(_one_by_one("add_allowed_ips", missing, ordered, -1))
+    steps.extend({"op": "remove_allowed_ips", "public_key": key, "allowed_ips": last[key]} for key in sorted(last))
+    steps.extend(_one_by_one("remove_allowed_ips", surplus, ordered, 1))
+    steps.extend({"op": "remove_peer", "public_key": key} for key in removed)
+    return steps
+
+
+def _by_peer(pairs):
+    """``{key: sorted prefixes}`` of ``(prefix, key)`` pairs."""
+    result = {}
+    for prefix, key in pairs:
+        result.setdefault(key, []).append(prefix)
+    for prefixes in result.values():
+        prefixes.sort()
+    return result
+
+
+def _one_by_one(op, changes, ordered, direction):
+    """Steps for the prefixes of ``changes`` (``{prefix: key}``) that are in ``ordered``: by length, growing or falling."""
+    steps = []
+    for length, key, prefix in sorted((direction * ordered[prefix], key, prefix) for prefix, key in changes.items() if prefix in ordered):
+        if steps and steps[-1][0] == (length, key):
+            steps[-1][1]["allowed_ips"].append(prefix)
+        else:
+            steps.append(((length, key), {"op": op, "public_key": key, "allowed_ips": [prefix]}))
+    return [step for dummy, step in steps]
+
+
+def _entangled(present, owners):
+    """``{prefix: length}`` of the prefixes for which the order of steps matters.
+
+    ``present`` and ``owners``: ``{prefix: key}`` now and as wanted. WireGuard takes the longest prefix that has an address in it. Where
+    prefixes of different peers lie within each other (Calico: a block with one node, an address borrowed from it with another), an
+    address that has the same peer before and after could for a moment get another one: when a wide prefix goes to a new peer before the
+    narrow one within it is there. With longer prefixes added before shorter ones, and shorter ones taken away before longer ones, every
+    address always is with the peer it had or with the one it gets. Most meshes have no such prefixes, and get one step per peer.
+    """
+    found = {}
+    enclosing = []  # (family, last address, prefix, length, owners) of the prefixes around the one looked at
+    ranges = []
+    for prefix in set(present) | set(owners):
+        family, packed, length = split_prefix(prefix)
+        start = int.from_bytes(packed, "big")
+        ranges.append((family, start, length, start + (1 << (len(packed) * 8 - length)) - 1, prefix))
+    for family, start, length, end, prefix in sorted(ranges):
+        while enclosing and (enclosing[-1][0] != family or enclosing[-1][1] < start):
+            enclosing.pop()
+        keys = {present.get(prefix), owners.get(prefix)} - {None}
+        for dummy, dummy, other, other_length, other_keys in enclosing:
+            if len(keys | other_keys) > 1:
+                found[prefix], found[other] = length, other_length
+        enclosing.append((family, end, prefix, length, keys))
+    return found
 
 
 def _device_steps(current, wanted):
@@ -253,9 +303,8 @@ def _device_steps(current, wanted):
     return [step] if len(step) > 1 else []
 
 
-def _add_peer(key, want):
-    step = {"op": "add_peer", "public_key": key, "endpoint": want["endpoint"], "allowed_ips": want["allowed_ips"],
-            "keepalive": want["keepalive"]}
+def _add_peer(key, want, allowed_ips):
+    step = {"op": "add_peer", "public_key": key, "endpoint": want["endpoint"], "allowed_ips": allowed_ips, "keepalive": want["keepalive"]}
     if want["preshared_key_file"]:
         step["preshared_key_file"] = want["preshared_key_file"]
     return step

@@ -31,12 +31,12 @@ def test_ladder_by_the_vectors_of_the_rfc(private, public):
     assert wg_apply._ladder(bytes.fromhex(private)).hex() == public
 
 
+@pytest.mark.skipif(_keys._public_by_cryptography(bytes(range(32))) is None, reason="the Python library cryptography is missing")
 @settings(max_examples=30, deadline=None)
 @given(st.binary(min_size=32, max_size=32))
 @example(b"\xff" * 32)
 @example(b"\1" + bytes(31))
 def test_ladder_and_library_agree(raw):
-    pytest.importorskip("cryptography")
     public = _keys._public_by_cryptography(raw)
     assert public is not None
     assert _keys.encode_key(wg_apply._ladder(raw)) == public
@@ -142,6 +142,18 @@ def test_other_errors_of_a_trial_are_not_taken_for_an_answer():
         assert trial[0]["remove_allowed_ips"] == ["10.0.0.0/24"]
         assert [entry["allowed_ips"] for entry in throw_away] == [["10.0.0.0/24"], []]
         assert throw_away[1]["remove"]
+
+
+def test_a_missing_file_stops_before_the_first_change(tmp_path):
+    client = Recorder()
+    first = {"op": "set_device", "listen_port": 1}
+    for step in ({"op": "update_peer", "public_key": ONE, "preshared_key_file": str(tmp_path / "none")},
+                 {"op": "set_device", "private_key_file": str(tmp_path / "none")},
+                 {"op": "update_peer", "public_key": ONE, "endpoint": "worker-1:51840"},
+                 {"op": "add_allowed_ips", "public_key": ONE, "allowed_ips": ["10.0.0.0/33"]}):
+        with pytest.raises(MeshError):
+            client.apply("wg0", [first, {"op": "remove_peer", "public_key": TWO}, step])
+    assert client.calls == []
 
 
 def test_throw_away_keys_are_fresh_public_keys():
