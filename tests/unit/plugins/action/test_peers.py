@@ -76,6 +76,7 @@ def run(tmp_path):
         action = peers.ActionModule(task=task, connection=mock.Mock(), play_context=mock.Mock(), loader=loader, templar=mock.Mock(),
                                     shared_loader_obj=mock.Mock())
         action._execute_module = mock.Mock(side_effect=command or AssertionError("no command expected"))
+        action._load_name = "kubemesh.wireguard.peers"  # set by the loader, and used by ansible-core 2.18 in a message
         run_action.action = action
         return action.run(task_vars=task_vars)
 

@@ -18,7 +18,7 @@ import pytest
 hypothesis = pytest.importorskip("hypothesis")
 pytest.importorskip("jmespath")
 pytest.importorskip("netaddr")
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh
@@ -27,11 +27,6 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 FIXTURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "fixtures", "k8s")
 JINJA = '{{ lookup("pipe", "id") }}'
 KEY0, KEY1 = "kubemesh.wireguard/public-key-0", "kubemesh.wireguard/public-key-1"
-
-
-# no deadline: how long an example takes on a busy machine says nothing
-def given(*strategies):
-    return lambda function: hypothesis_settings(deadline=None, max_examples=60)(hypothesis.given(*strategies)(function))
 
 
 def recorded(name):

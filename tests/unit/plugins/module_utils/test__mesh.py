@@ -16,17 +16,11 @@ import random
 import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
-
-
-# no deadline: how long an example takes on a busy machine says nothing
-def given(*strategies):
-    return lambda function: settings(deadline=None, max_examples=60)(hypothesis.given(*strategies)(function))
-
 
 JINJA = '{{ lookup("pipe", "id") }}'
 
