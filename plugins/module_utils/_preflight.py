@@ -272,7 +272,7 @@ def rule_findings(facts, settings):
 
 
 def _is_our_rule(item, settings):
-    rule = rule_from_ip(item, item["family"]) if str(item.get("table", "")).isdigit() else None
+    rule = rule_from_ip({name: value for name, value in item.items() if name != "family"}, item["family"])
     return (rule is not None and not rule["foreign"] and rule["table"] in (settings["table"], settings["table"] + 1)
             and settings["rule_priority"] <= rule["priority"] < settings["rule_priority"] + PRIORITIES)
 
