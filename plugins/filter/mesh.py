@@ -53,6 +53,37 @@ def batch_problems(batch, alive, hostvars):
     return problems
 
 
+def silent_nodes(computed, hosts, hostvars):
+    """Nodes of the mesh that run no responder now: those that are not part of this run, and those whose ports are all taken."""
+    listening = {
+        hostvars[host]["__mesh_name"] for host in hosts
+        if ((hostvars[host].get("__mesh_local") or {}).get("listener") or {}).get("ports")}
+    return sorted((set(computed["members"]) | set(computed["pending"])) - listening)
+
+
+def all_findings(hosts, hostvars):
+    """The findings of all nodes and those about the node list, as `findings_table` takes them."""
+    found = []
+    for host in hosts:
+        for variable in ("__mesh_local", "__mesh_between"):
+            found += list((hostvars[host].get(variable) or {}).get("findings") or [])
+    failed = next((hostvars[host]["__mesh_membership_failed"] for host in hosts if hostvars[host].get("__mesh_membership_failed")), None)
+    computed = next((hostvars[host]["__mesh_computed"] for host in hosts if hostvars[host].get("__mesh_computed")), None) or {}
+    if failed:
+        for text in failed.get("problems") or [failed.get("msg", "the node list cannot be read")]:
+            found.append(finding("error", text))
+    found += [finding("warning", text) for text in computed.get("warnings") or []]
+    return found
+
+
+def finding(level, text):
+    """One finding about the node list; its texts say what to do, behind the last semicolon."""
+    message, separator, remedy = str(text).rpartition("; ")
+    return {
+        "level": level, "check": "node list", "node": "(cluster)", "value": "",
+        "message": message if separator else str(text), "remedy": remedy if separator else "see there"}
+
+
 def membership_lines(computed):
     """What `peers` found out, as lines for people."""
     lines = ["nodes from %s: %s" % (computed["source"], computed["source_reason"])]
@@ -107,6 +138,8 @@ class FilterModule:
             "batches": batches,
             "batch_problems": batch_problems,
             "progress": progress,
+            "all_findings": all_findings,
+            "silent_nodes": silent_nodes,
             "membership_lines": membership_lines,
             "mesh_table": mesh_table,
             "first_of_each": first_of_each,

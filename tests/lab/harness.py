@@ -117,7 +117,7 @@ echo "## routes"; for t in main 51840 51841; do ip route show table $t 2>/dev/nu
 echo "## sysctls"; sysctl -a 2>/dev/null | grep -E 'rp_filter|src_valid_mark|forwarding|addr_gen_mode|disable_ipv6' | sort
 echo "## nft"; nft list ruleset 2>/dev/null | grep -v counter
 echo "## units"; systemctl list-unit-files --no-legend --no-pager | sort
-echo "## processes"; ps -eo args | grep -E 'wireguard|kubemesh' | grep -v grep
+echo "## processes"; ps -eo args | grep -E 'wireguard|kubemesh' | grep -v grep || true
 """
     text = lab.exec(node, ["sh", "-c", script]).stdout
     text = text.decode() if isinstance(text, bytes) else text

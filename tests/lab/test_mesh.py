@@ -7,10 +7,14 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from harness import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from harness import (  # noqa: E402
     Watched,
     assert_clear,
     assert_encrypted,
