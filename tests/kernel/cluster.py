@@ -34,7 +34,7 @@ MS_REC, MS_PRIVATE = 0x4000, 0x40000  # linux/mount.h
 SOL_PACKET, PACKET_IGNORE_OUTGOING, ETH_P_ALL = 263, 23, 3  # linux/if_packet.h, if_ether.h
 SOL_RAW, ICMP_FILTER, ICMP6_FILTER = 255, 1, 1
 RATE = 20  # packets per second and flow
-LATE = 3.0  # seconds to wait for the last answers
+LATE = 3.0  # seconds without an answer until those that are missing are lost
 MARKER = b"kubemesh-plaintext-"
 DOCUMENT = "/etc/kubemesh/mesh.json"
 MODULES = "ansible_collections.kubemesh.wireguard.plugins.modules."
@@ -245,7 +245,8 @@ def _run_module(name, args, check_mode, diff):
         os.dup2(null.fileno(), 0)
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        full = dict(args, _ansible_check_mode=check_mode, _ansible_diff=diff, _ansible_no_log=False, _ansible_module_name="kubemesh.wireguard." + name)
+        full = dict(args, _ansible_check_mode=check_mode, _ansible_diff=diff, _ansible_no_log=False,
+                    _ansible_module_name="kubemesh.wireguard." + name)
         code = 0
         try:
             with patch_module_args(full):
@@ -359,11 +360,11 @@ class Cluster:
 
     # ---- modules
 
-    def module(self, node, name, check_mode=False, diff=False, allow_failure=False, **args):
+    def module(self, where, name, /, check_mode=False, diff=False, allow_failure=False, **args):
         """One module on one node: its result."""
-        return end_module(start_module(node, name, args, check_mode, diff), allow_failure)
+        return end_module(start_module(where, name, args, check_mode, diff), allow_failure)
 
-    def modules(self, name, check_mode=False, diff=False, nodes=None, **args):
+    def modules(self, name, /, check_mode=False, diff=False, nodes=None, **args):
         """The same module on all nodes at once: {node name: result}. A callable argument is called with the node."""
         started = []
         for node in nodes or self.nodes:
@@ -507,18 +508,17 @@ def _ping_loop(stop, flows, rate):
         one = {"name": name, "sock": sock, "target": target, "index": index, "sent": {}, "got": {}, "errors": {}, "late": 0.0}
         state.append(one)
         poll.register(sock, selectors.EVENT_READ, one)
-    by_index = {one["index"]: one for one in state}
     period = 1.0 / rate
     start = time.monotonic()
     due = [start + period * index / len(state) for index in range(len(state))]
-    running, end = True, None
+    running, end = True, 0.0
     while running or time.monotonic() < end:
         now = time.monotonic()
         if running:
             for index, one in enumerate(state):
                 if due[index] <= now:
                     _ping_send(one, now)
-                    due[index] = max(due[index] + period, now - 1.0)
+                    due[index] = max(due[index] + period, now)  # no bursts after the machine stood still
             timeout = max(0.0, min(due) - time.monotonic())
         else:
             if all(len(one["got"]) == len(one["sent"]) for one in state):
@@ -527,9 +527,10 @@ def _ping_loop(stop, flows, rate):
         for key, dummy in poll.select(timeout):
             if key.data is None:
                 poll.unregister(stop)
-                running, end = False, time.monotonic() + LATE
+                running = False
             else:
-                _ping_receive(key.data, by_index)
+                _ping_receive(key.data)
+            end = time.monotonic() + LATE  # counted from the last answer: a busy machine may still be at it
     report = {"flows": {}, "start": start, "end": time.monotonic(), "sent": 0, "received": 0, "lost": 0}
     for one in state:
         lost = sorted(seq for seq in one["sent"] if seq not in one["got"])
@@ -558,7 +559,7 @@ def _ping_send(one, now):
         one["errors"][name] = one["errors"].get(name, 0) + 1
 
 
-def _ping_receive(one, by_index):
+def _ping_receive(one):
     for dummy in range(64):
         try:
             data = one["sock"].recv(2048)

@@ -27,6 +27,7 @@ import hashlib
 import io
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -160,10 +161,12 @@ class VMError(Exception):
 
 @dataclasses.dataclass
 class Outcome:
-    """rc: exit code of run.sh; seconds: the whole run; console: all that came over the serial line."""
+    """rc: exit code of run.sh; seconds: the whole run; cpu_seconds: of the emulator, on all cores, which tells a slow test from a busy
+    machine; console: all that came over the serial line."""
 
     rc: int
     seconds: float
+    cpu_seconds: float
     console: str
 
 
@@ -368,6 +371,8 @@ def run(payload, results=None, systemd=False, reboots=0, timeout=300.0, quiet=Fa
         if not reboots:
             argv.append("-no-reboot")
         start = time.monotonic()
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_before = usage.ru_utime + usage.ru_stime
         console = []
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               preexec_fn=_die_with_parent) as qemu:
@@ -390,6 +395,8 @@ def run(payload, results=None, systemd=False, reboots=0, timeout=300.0, quiet=Fa
                     qemu.kill()
                     qemu.wait()
             reader.join(10)
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu_seconds = usage.ru_utime + usage.ru_stime - cpu_before
         seconds = time.monotonic() - start
         text = "\n".join(console)
         try:
@@ -407,8 +414,9 @@ def run(payload, results=None, systemd=False, reboots=0, timeout=300.0, quiet=Fa
             raise VMError("the machine ended after %.0f s without a result (%s); end of its console:\n%s"
                           % (seconds, exc, "\n".join(console[-40:]))) from exc
         if not quiet:
-            log("rc %d, %.1f s, results: %s" % (rc, seconds, " ".join(sorted(name[2:] for name in names if len(name) > 2))))
-        return Outcome(rc=rc, seconds=seconds, console=text)
+            log("rc %d, %.1f s (%.1f s of processor time), results: %s" % (
+                rc, seconds, cpu_seconds, " ".join(sorted(name[2:] for name in names if len(name) > 2))))
+        return Outcome(rc=rc, seconds=seconds, cpu_seconds=cpu_seconds, console=text)
 
 
 def main(argv=None):
