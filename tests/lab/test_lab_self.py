@@ -186,6 +186,15 @@ def test_sniffer_counts_wireguard_by_its_ports(lab):
 
 
 @needs_root
+def test_packets_that_the_machine_drops_are_counted(lab):
+    lab.exec("node-1", ["python3", "-c", "import socket; r = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); r.bind(('127.0.0.1', 0))\n"
+                        "r.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048); s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+                        "for i in range(100): s.sendto(bytes(1000), r.getsockname())"])
+    assert lab.drops()["node-1"]["udp_receive_buffer"] > 50
+    assert lab.drops()["node-3"]["udp_receive_buffer"] == 0
+
+
+@needs_root
 def test_nodes_are_what_the_tests_take_them_for(lab):
     for node in lab.nodes:
         number = lab.number(node)
@@ -196,6 +205,7 @@ def test_nodes_are_what_the_tests_take_them_for(lab):
         assert "eth0" in lab.exec(node, ["networkctl", "list", "--no-pager", "--no-legend"]).stdout
         assert "configured" in lab.exec(node, ["networkctl", "status", "eth0", "--no-pager", "-n0"]).stdout
         assert f"198.18.0.{10 + number}/24" in lab.exec(node, ["ip", "-br", "address"]).stdout
+    assert lab.drops()["node-2"] == {"udp_receive_buffer": 0, "devices": {}}
     identities = {lab.exec(node, ["cat", "/etc/machine-id"]).stdout for node in lab.nodes}
     assert len(identities) == 3
 
