@@ -647,10 +647,11 @@ def _entry(candidate, own, keys, previous, options, problems, warnings):
     excluded = candidate["excluded"] or (REASON_EXCLUDE_NODES if name in options["exclude_nodes"] else "")
     if excluded:
         return _exclude(entry, excluded)
-    entry["mtu"] = _own_or_previous(own, "mtu", "mesh_mtu", previous, previous["mtu"] if previous is not None else None)
-    if entry["mtu"] is not None and entry["mtu"] < MTU_MIN_IPV6 and any(":" in text for text in entry["pod_cidrs"] + addresses):
+    mtu = _own_or_previous(own, "mtu", "mesh_mtu", previous, previous["mtu"] if previous is not None else None)
+    if mtu is not None and mtu < MTU_MIN_IPV6 and any(":" in text for text in entry["pod_cidrs"] + addresses):
         problems.append("node %s, mtu: %d is below %d, with which the kernel turns IPv6 off on the device, and this node has IPv6;"
-                        " raise the MTU of the network below" % (name, entry["mtu"], MTU_MIN_IPV6))
+                        " raise the MTU of the network below" % (name, mtu, MTU_MIN_IPV6))
+    entry["mtu"] = mtu
     entry["keepalive"] = _own_or_previous(own, "keepalive", "mesh_keepalive", previous, 0)
     entry["endpoints"] = _document_endpoints(candidate, own, previous, addresses)
     entry["public_keys"] = _merge_keys(name, keys, candidate["annotation_keys"],

@@ -671,6 +671,8 @@ def _short(key):
 
 
 def _endpoint_text(endpoint):
+    if endpoint is None:
+        return "none"
     return endpoint["address"] if endpoint["port"] is None else format_endpoint(endpoint["address"], endpoint["port"])
 
 
@@ -694,9 +696,8 @@ def _compare_nodes(name, old, new):
     for family in FAMILIES:
         before, after = old["endpoints"].get(family), new["endpoints"].get(family)
         if before != after:
-            changes.append("node %s: %s endpoint %s, was %s" % (name, {"ipv4": "IPv4", "ipv6": "IPv6"}[family],
-                                                                 "none" if after is None else _endpoint_text(after),
-                                                                 "none" if before is None else _endpoint_text(before)))
+            family_text = {"ipv4": "IPv4", "ipv6": "IPv6"}[family]
+            changes.append("node %s: %s endpoint %s, was %s" % (name, family_text, _endpoint_text(after), _endpoint_text(before)))
     for field, what in (("pod_cidrs", "pod CIDR"), ("node_addresses", "node address")):
         before, after = old[field], new[field]
         changes.extend("node %s: %s %s added" % (name, what, value) for value in after if value not in before)

@@ -570,7 +570,7 @@ class TestPlaybook:
         """kubernetes.core's lookup against recorded answers of a real API server."""
         pytest.importorskip("kubernetes")
         pytest.importorskip("ansible_collections.kubernetes.core.plugins.lookup.k8s")
-        import ansible_collections.kubernetes.core as core
+        from ansible_collections.kubernetes import core
         where = os.path.abspath(os.path.join(next(iter(core.__path__)), "..", "..", ".."))
         answers = {"/version": (200, "version.json"), "/api/v1/nodes": (200, "nodes.json")}
 
