@@ -25,7 +25,8 @@ class ActionModule(ActionBase):
             if source is None:
                 return self._run_module(args, task_vars)
             if not os.path.isfile(source):
-                raise AnsibleActionFail("src: %s is not a file on the controller; kubemesh.wireguard.peers writes it (option dest)" % source)
+                raise AnsibleActionFail(
+                    "src: %s is not a file on the controller; kubemesh.wireguard.peers writes it (option dest)" % source)
             with open(source, "rb") as handle:
                 args["sha256"] = hashlib.sha256(handle.read()).hexdigest()
             result = self._run_module(args, task_vars)

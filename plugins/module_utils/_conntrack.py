@@ -2,21 +2,29 @@
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Carry masqueraded connections over a change of their outgoing device.
 
-PRIVATE to the collection.
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+"""Carry masqueraded connections over a change of their outgoing device.
 
 The kernel drops one packet of every established masqueraded connection whose outgoing device changes, and forgets the connection
 (``nf_nat_oif_changed`` in net/netfilter/nf_nat_core.c). Where pods are masqueraded (kubenet, NodePort, ``--random-fully``) the switch
 of a node would thus cost each such connection a packet, and those that come back with another source port are reset by the peer.
 
 A connection whose source was translated to a *given* address has no such memory of its device. So each connection that is about
-to change devices is replaced, before the switch, by itself: the same tuples, mark, zone, state and time-out, translated to the very
-address and port it has now. Delete and create travel in one netlink message; the kernel handles them back to back.
+to change devices is replaced, before the switch, by itself: the same tuples, mark, zone, labels, helper, state and time-out, translated to
+the very address and port it has now. Delete and create travel in one netlink message; the kernel handles them back to back.
 
-Sources: include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_common.h, nf_conntrack_tcp.h, nfnetlink.h;
-``ctnetlink_create_conntrack`` in net/netfilter/nf_conntrack_netlink.c.
+In the microsecond between them a packet may find no connection. `_conntrack_guard` drops it where it is TCP, so that it is sent again and
+not answered by a reset; where it is not, that packet is lost, and what it left behind is removed.
+
+What the kernel does not let us set starts anew: counters, the time at which the connection began, and the sequence window of TCP. For the
+window the connection is marked liberal, so that no packet of it is judged invalid (kube-proxy drops those). An FTP helper is kept; what it
+knew of a command under way is not.
+
+Sources: include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_common.h, nf_conntrack_tcp.h; ``ctnetlink_create_conntrack`` in
+net/netfilter/nf_conntrack_netlink.c; net/netfilter/nf_conntrack_proto_tcp.c.
 """
+
 from __future__ import annotations
 
 import errno
@@ -25,21 +33,29 @@ import os
 import socket
 import struct
 
-NETLINK_NETFILTER = 12
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack_guard import Guard
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._nfnetlink import (
+    NLA_F_NESTED,
+    NLM_F_ACK,
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    NLM_F_EXCL,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    attribute,
+    attributes,
+    error_code,
+    message,
+    messages,
+    nested,
+    open_socket,
+)
+
 NFNL_SUBSYS_CTNETLINK = 1
 IPCTNL_MSG_CT_NEW = 0
 IPCTNL_MSG_CT_GET = 1
 IPCTNL_MSG_CT_DELETE = 2
-
-NLM_F_REQUEST = 0x1
-NLM_F_ACK = 0x4
-NLM_F_EXCL = 0x200
-NLM_F_CREATE = 0x400
-NLM_F_DUMP = 0x300
-NLMSG_ERROR = 2
-NLMSG_DONE = 3
-NLA_F_NESTED = 0x8000
-NLA_TYPE_MASK = 0x3FFF
 
 CTA_TUPLE_ORIG = 1
 CTA_TUPLE_REPLY = 2
@@ -51,12 +67,17 @@ CTA_TIMEOUT = 7
 CTA_MARK = 8
 CTA_ID = 12
 CTA_NAT_DST = 13
+CTA_TUPLE_MASTER = 14
+CTA_SEQ_ADJ_ORIG = 15
+CTA_SEQ_ADJ_REPLY = 16
 CTA_ZONE = 18
 CTA_LABELS = 22
+CTA_SYNPROXY = 24
 CTA_STATUS_MASK = 26
 
 CTA_TUPLE_IP = 1
 CTA_TUPLE_PROTO = 2
+CTA_TUPLE_ZONE = 3
 CTA_IP_V4_SRC, CTA_IP_V4_DST, CTA_IP_V6_SRC, CTA_IP_V6_DST = 1, 2, 3, 4
 CTA_PROTO_NUM, CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT = 1, 2, 3
 CTA_PROTO_ICMP_ID, CTA_PROTO_ICMP_TYPE, CTA_PROTO_ICMP_CODE = 4, 5, 6
@@ -66,7 +87,12 @@ CTA_PROTONAT_PORT_MIN, CTA_PROTONAT_PORT_MAX = 1, 2
 CTA_PROTOINFO_TCP = 1
 CTA_PROTOINFO_TCP_STATE, CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, CTA_PROTOINFO_TCP_WSCALE_REPLY = 1, 2, 3
 CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY = 4, 5
+IP_CT_TCP_FLAG_WINDOW_SCALE, IP_CT_TCP_FLAG_SACK_PERM, IP_CT_TCP_FLAG_CLOSE_INIT = 0x01, 0x02, 0x04
 IP_CT_TCP_FLAG_BE_LIBERAL = 0x08
+# What was negotiated, and who began to close. The other flags speak of sequence numbers that the new entry does not know: with MAXACK_SET
+# and no highest acknowledgement, half of all valid resets are judged invalid.
+TCP_FLAGS_CARRIED = IP_CT_TCP_FLAG_WINDOW_SCALE | IP_CT_TCP_FLAG_SACK_PERM | IP_CT_TCP_FLAG_CLOSE_INIT
+TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE = 7, 8
 
 IPS_SEEN_REPLY = 0x2
 IPS_ASSURED = 0x4
@@ -76,42 +102,25 @@ IPS_DST_NAT = 0x20
 # What may be carried over. The NAT bits come from the NAT attributes; without IPS_CONFIRMED the kernel answers EBUSY.
 IPS_CARRIED = IPS_SEEN_REPLY | IPS_ASSURED
 
+# What goes from the old entry to the new one as it is.
+CARRIED_AS_IS = (CTA_HELP, CTA_SEQ_ADJ_ORIG, CTA_SEQ_ADJ_REPLY, CTA_SYNPROXY)
+# Times that a replacement is tried where packets in between made connections of their own.
+TRIES = 4
+
 IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP = 6, 17, 132
 IPPROTO_ICMP, IPPROTO_ICMPV6 = 1, 58
 PORT_PROTOCOLS = (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP)
 
 
-def attribute(kind, payload):
-    """One netlink attribute as bytes, padded to 4 (include/uapi/linux/netlink.h)."""
-    length = 4 + len(payload)
-    return struct.pack("=HH", length, kind) + payload + b"\0" * (-length % 4)
-
-
-def nested(kind, *attributes):
-    """A nested attribute as bytes."""
-    return attribute(kind | NLA_F_NESTED, b"".join(attributes))
-
-
-def attributes(data):
-    """{type: payload} of a run of attributes; a type that repeats keeps its last payload."""
-    found, offset = {}, 0
-    while offset + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, offset)
-        if length < 4 or offset + length > len(data):
-            break
-        found[kind & NLA_TYPE_MASK] = data[offset + 4:offset + length]
-        offset += (length + 3) & ~3
-    return found
-
-
 def decode_tuple(data):
-    """A CTA_TUPLE as {"src", "dst": packed bytes, "proto": int, "ports" | "icmp": (…)}."""
+    """A CTA_TUPLE as {"src", "dst": packed bytes, "proto": int, "zone": of this direction only or None, "ports" | "icmp": (…)}."""
     parts = attributes(data)
     ip, proto = attributes(parts.get(CTA_TUPLE_IP, b"")), attributes(parts.get(CTA_TUPLE_PROTO, b""))
     decoded = {
         "src": ip.get(CTA_IP_V4_SRC) or ip.get(CTA_IP_V6_SRC) or b"",
         "dst": ip.get(CTA_IP_V4_DST) or ip.get(CTA_IP_V6_DST) or b"",
         "proto": proto.get(CTA_PROTO_NUM, b"\0")[0],
+        "zone": struct.unpack("!H", parts[CTA_TUPLE_ZONE])[0] if CTA_TUPLE_ZONE in parts else None,
     }
     if CTA_PROTO_SRC_PORT in proto:
         decoded["ports"] = (struct.unpack("!H", proto[CTA_PROTO_SRC_PORT])[0], struct.unpack("!H", proto[CTA_PROTO_DST_PORT])[0])
@@ -123,8 +132,9 @@ def decode_tuple(data):
     return decoded
 
 
-def encode_tuple(kind, src, dst, proto, ports=None, icmp=None):
+def encode_tuple(kind, parts):
     """The inverse of decode_tuple, as a CTA_TUPLE_ORIG or CTA_TUPLE_REPLY attribute."""
+    src, dst, proto, ports, icmp = parts["src"], parts["dst"], parts["proto"], parts.get("ports"), parts.get("icmp")
     source, target = (CTA_IP_V4_SRC, CTA_IP_V4_DST) if len(src) == 4 else (CTA_IP_V6_SRC, CTA_IP_V6_DST)
     layer4 = [attribute(CTA_PROTO_NUM, struct.pack("B", proto))]
     if ports is not None:
@@ -136,14 +146,26 @@ def encode_tuple(kind, src, dst, proto, ports=None, icmp=None):
             attribute(base + 1, struct.pack("B", icmp[1])),
             attribute(base + 2, struct.pack("B", icmp[2])),
         ]
-    return nested(kind, nested(CTA_TUPLE_IP, attribute(source, src), attribute(target, dst)), nested(CTA_TUPLE_PROTO, *layer4))
+    zone = [attribute(CTA_TUPLE_ZONE, struct.pack("!H", parts["zone"]))] if parts["zone"] is not None else []
+    return nested(kind, nested(CTA_TUPLE_IP, attribute(source, src), attribute(target, dst)), nested(CTA_TUPLE_PROTO, *layer4), *zone)
+
+
+def untranslated_answer(orig, reply):
+    """The tuple of the answers as it would be if nothing were translated; the zone is what the answers have."""
+    turned = {"src": orig["dst"], "dst": orig["src"], "proto": orig["proto"], "zone": reply["zone"]}
+    if "ports" in orig:
+        turned["ports"] = (orig["ports"][1], orig["ports"][0])
+    elif "icmp" in orig:
+        turned["icmp"] = inverse_icmp(orig["icmp"])
+    return turned
 
 
 def decode_connection(family, data):
     """One dumped conntrack entry (the attributes behind nfgenmsg) as plain data.
 
-    Returns {"family", "orig", "reply", "status", "timeout", "mark", "zone", "labels", "id", "tcp"}; keys whose attribute is missing
-    are None.
+    Returns {"family", "orig", "reply", "status", "timeout", "mark", "zone", "labels", "id", "child": whether another connection announced
+    it, "tcp", "protoinfo": of a protocol other than TCP, as it came, "as_is": {attribute: payload}}; keys whose attribute is missing are
+    None.
     """
     parts = attributes(data)
 
@@ -175,8 +197,10 @@ def decode_connection(family, data):
         "zone": number(CTA_ZONE, "!H"),
         "labels": parts.get(CTA_LABELS),
         "id": parts.get(CTA_ID),
-        "helper": CTA_HELP in parts,
+        "child": CTA_TUPLE_MASTER in parts,
         "tcp": tcp,
+        "protoinfo": parts.get(CTA_PROTOINFO) if tcp is None else None,
+        "as_is": {kind: parts[kind] for kind in CARRIED_AS_IS if kind in parts},
     }
 
 
@@ -185,7 +209,10 @@ def must_move(connection, networks):
 
     networks: {4: [(first, last)], 16: [(first, last)]} of packed addresses by their length, sorted, see `packed_networks`.
     """
-    if not connection["status"] & IPS_SRC_NAT or connection["timeout"] is None or connection["helper"]:
+    if not connection["status"] & IPS_SRC_NAT or connection["timeout"] is None:
+        return False
+    # What a helper announced (data of FTP) got its addresses from its parent and has no memory of a device.
+    if connection["child"] or (connection["tcp"] and connection["tcp"]["state"] in (TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE)):
         return False
     orig, reply = connection["orig"], connection["reply"]
     if orig["proto"] not in PORT_PROTOCOLS + (IPPROTO_ICMP, IPPROTO_ICMPV6) or len(orig["src"]) != len(reply["src"]):
@@ -195,12 +222,14 @@ def must_move(connection, networks):
 
 
 def packed_networks(cidrs):
-    """CIDR texts as what `contains` searches: {address length in bytes: sorted [(first, last)] packed}."""
+    """CIDR texts as what `contains` searches: {address length in bytes: sorted, disjoint [(first, last)] packed}."""
     found = {4: [], 16: []}
     for cidr in cidrs:
         network = ipaddress.ip_network(cidr)
-        found[4 if network.version == 4 else 16].append((network.network_address.packed, network.broadcast_address.packed))
-    return {length: sorted(ranges) for length, ranges in found.items()}
+        found[4 if network.version == 4 else 16].append(network)
+    # The pod CIDRs of one node may be nested, and a node address may lie in one of them.
+    return {length: [(network.network_address.packed, network.broadcast_address.packed)
+                     for network in ipaddress.collapse_addresses(networks)] for length, networks in found.items()}
 
 
 def contains(networks, address):
@@ -223,9 +252,11 @@ def inverse_icmp(icmp):
 
 
 def delete_attributes(connection):
-    """The attributes that name one entry to the kernel: its tuple, zone and id (the id guards against a reused tuple)."""
-    orig = connection["orig"]
-    parts = [encode_tuple(CTA_TUPLE_ORIG, orig["src"], orig["dst"], orig["proto"], orig.get("ports"), orig.get("icmp"))]
+    """The attributes that name one entry to the kernel: its tuple, zone and id (the id guards against a reused tuple).
+
+    Never without a tuple: that would name all entries.
+    """
+    parts = [encode_tuple(CTA_TUPLE_ORIG, connection["orig"])]
     if connection["zone"] is not None:
         parts.append(attribute(CTA_ZONE, struct.pack("!H", connection["zone"])))
     if connection["id"] is not None:
@@ -239,14 +270,7 @@ def create_attributes(connection):
     The kernel wants the reply tuple as if nothing were translated, and applies the translations to it.
     """
     orig, reply = connection["orig"], connection["reply"]
-    proto, ports, icmp = orig["proto"], orig.get("ports"), orig.get("icmp")
-    parts = [
-        encode_tuple(CTA_TUPLE_ORIG, orig["src"], orig["dst"], proto, ports, icmp),
-        encode_tuple(
-            CTA_TUPLE_REPLY, orig["dst"], orig["src"], proto,
-            (ports[1], ports[0]) if ports is not None else None,
-            inverse_icmp(icmp) if icmp is not None else None),
-    ]
+    parts = [encode_tuple(CTA_TUPLE_ORIG, orig), encode_tuple(CTA_TUPLE_REPLY, untranslated_answer(orig, reply))]
     if connection["status"] & IPS_DST_NAT:
         parts.append(encode_nat(CTA_NAT_DST, reply["src"], reply["ports"][0] if "ports" in reply else None))
     source_port = reply["ports"][1] if "ports" in reply else (reply["icmp"][0] if "icmp" in reply else None)
@@ -262,8 +286,9 @@ def create_attributes(connection):
         parts.append(attribute(CTA_LABELS, connection["labels"]))
     tcp = connection["tcp"]
     if tcp is not None:
-        # The sequence window is not part of what can be handed over; liberal means that the first packets are believed.
-        flags = [struct.pack("BB", kept | IP_CT_TCP_FLAG_BE_LIBERAL, kept | IP_CT_TCP_FLAG_BE_LIBERAL) for kept in tcp["flags"]]
+        # Flags, then the mask of those that are meant.
+        kept = [flags & TCP_FLAGS_CARRIED | IP_CT_TCP_FLAG_BE_LIBERAL for flags in tcp["flags"]]
+        flags = [struct.pack("BB", number, TCP_FLAGS_CARRIED | IP_CT_TCP_FLAG_BE_LIBERAL) for number in kept]
         parts.append(nested(CTA_PROTOINFO, nested(
             CTA_PROTOINFO_TCP,
             attribute(CTA_PROTOINFO_TCP_STATE, struct.pack("B", tcp["state"])),
@@ -271,6 +296,9 @@ def create_attributes(connection):
             attribute(CTA_PROTOINFO_TCP_WSCALE_REPLY, struct.pack("B", tcp["wscale"][1])),
             attribute(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, flags[0]),
             attribute(CTA_PROTOINFO_TCP_FLAGS_REPLY, flags[1]))))
+    elif connection["protoinfo"] is not None:
+        parts.append(attribute(CTA_PROTOINFO | NLA_F_NESTED, connection["protoinfo"]))
+    parts += [attribute(kind | NLA_F_NESTED, payload) for kind, payload in sorted(connection["as_is"].items())]
     return b"".join(parts)
 
 
@@ -284,32 +312,11 @@ def encode_nat(kind, address, port):
     return nested(kind, *parts)
 
 
-def message(kind, flags, family, sequence, payload):
-    """One ctnetlink message as bytes: nlmsghdr, nfgenmsg, attributes."""
-    body = struct.pack("=BBH", family, 0, 0) + payload
-    return struct.pack("=IHHII", 16 + len(body), (NFNL_SUBSYS_CTNETLINK << 8) | kind, flags, sequence, 0) + body
-
-
-def messages(data):
-    """(type, sequence, body) of each message in a received datagram."""
-    offset = 0
-    while offset + 16 <= len(data):
-        length, kind, dummy, sequence = struct.unpack_from("=IHHI", data, offset)
-        if length < 16:
-            break
-        yield kind, sequence, data[offset + 16:offset + length]
-        offset += (length + 3) & ~3
-
-
 class Conntrack:
     """A ctnetlink socket. OSError where the kernel has no connection tracking by netlink (then nothing is masqueraded by it either)."""
 
     def __init__(self):
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        # Seconds; the kernel answers at once, so this only bounds a kernel that never does.
-        self.socket.settimeout(10)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-        self.socket.bind((0, 0))
+        self.socket = open_socket()
         self.sequence = 0
 
     def close(self):
@@ -321,7 +328,7 @@ class Conntrack:
         # Linux 5.15 and newer filter by status themselves; older ones ignore the attributes and send all, filtered by must_move.
         status = struct.pack("!I", IPS_SRC_NAT)
         request = attribute(CTA_STATUS, status) + attribute(CTA_STATUS_MASK, status)
-        self.socket.send(message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, family, self.sequence, request))
+        self.socket.send(_message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, family, self.sequence, request))
         while True:
             for kind, sequence, body in messages(self.socket.recv(1 << 18)):
                 if sequence != self.sequence:
@@ -329,9 +336,33 @@ class Conntrack:
                 if kind == NLMSG_DONE:
                     return
                 if kind == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", body)[0]
+                    code = error_code(body)
                     raise OSError(code, os.strerror(code))
                 yield decode_connection(family, body[4:])
+
+    def exchange(self, family, requests):
+        """Send several requests, (message, flags, attributes) each, as one message. -> ([errno of each], last entry that came or None)."""
+        first = self.sequence + 1
+        self.sequence += len(requests)
+        self.socket.send(b"".join(
+            _message(kind, NLM_F_REQUEST | NLM_F_ACK | flags, family, first + place, payload)
+            for place, (kind, flags, payload) in enumerate(requests)))
+        answers, entry = {}, None
+        while len(answers) < len(requests):
+            for kind, sequence, body in messages(self.socket.recv(1 << 16)):
+                if not first <= sequence <= self.sequence:
+                    continue
+                if kind == NLMSG_ERROR:
+                    answers[sequence - first] = error_code(body)
+                else:
+                    entry = decode_connection(family, body[4:])
+        return [answers[place] for place in range(len(requests))], entry
+
+    def get(self, connection):
+        """The same connection as it is now, or None when it is gone or another one has its addresses and ports."""
+        named = delete_attributes(dict(connection, id=None))
+        dummy, now = self.exchange(connection["family"], [(IPCTNL_MSG_CT_GET, 0, named)])
+        return now if now is not None and now["id"] == connection["id"] else None
 
     def replace(self, connection):
         """Replace one entry by itself, translated without a device.
@@ -339,54 +370,72 @@ class Conntrack:
         Returns (0, id of the new entry), or (errno of the step that did not work, None).
         """
         family = connection["family"]
-        self.sequence += 3
-        first, second, third = self.sequence - 2, self.sequence - 1, self.sequence
-        flags = NLM_F_REQUEST | NLM_F_ACK
-        self.socket.send(
-            message(IPCTNL_MSG_CT_DELETE, flags, family, first, delete_attributes(connection))
-            + message(IPCTNL_MSG_CT_NEW, flags | NLM_F_CREATE | NLM_F_EXCL, family, second, create_attributes(connection))
-            + message(IPCTNL_MSG_CT_GET, flags, family, third, delete_attributes(dict(connection, id=None))))
-        answers, made_id = {}, None
-        while len(answers) < 3:
-            for kind, sequence, body in messages(self.socket.recv(1 << 16)):
-                if kind == NLMSG_ERROR and sequence in (first, second, third):
-                    answers[sequence] = -struct.unpack_from("=i", body)[0]
-                elif sequence == third:
-                    made_id = decode_connection(family, body[4:])["id"]
-        return answers[first] or answers[second], made_id
+        # A dump takes time; a connection that was closed since must not come back as an established one that lives for days.
+        connection = self.get(connection)
+        if connection is None:
+            return errno.ENOENT, None
+        anew = [
+            (IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, create_attributes(connection)),
+            (IPCTNL_MSG_CT_GET, 0, delete_attributes(dict(connection, id=None)))]
+        (gone, code, dummy), made = self.exchange(family, [(IPCTNL_MSG_CT_DELETE, 0, delete_attributes(connection))] + anew)
+        if gone:
+            if code == 0 and made is not None:
+                # It ended by itself just now, and what was made is nobody's.
+                self.exchange(family, [(IPCTNL_MSG_CT_DELETE, 0, delete_attributes(made))])
+            return gone, None
+        for dummy in range(TRIES):
+            if code != errno.EEXIST:
+                break
+            # A packet that came in between made a connection of its own, of either direction.
+            in_the_way = [
+                (IPCTNL_MSG_CT_DELETE, 0, delete_attributes(dict(connection, id=None, orig=connection[side])))
+                for side in ("orig", "reply")]
+            (dummy1, dummy2, code, dummy3), made = self.exchange(family, in_the_way + anew)
+        return code, made["id"] if code == 0 and made is not None else None
 
 
-def carry_over(cidrs, passes=2):
+def _message(kind, flags, family, sequence, payload):
+    return message(NFNL_SUBSYS_CTNETLINK << 8 | kind, flags, family, sequence, payload)
+
+
+def carry_over(cidrs, passes=2, done=None):
     """Replace every masqueraded connection towards the CIDRs; what appears meanwhile is caught by the next pass.
 
-    Returns {"replaced": n, "left": n, "error": text or ""}; an entry that vanished or was made anew meanwhile is not an error: it is
-    seen again by the next pass. Nothing is raised: a kernel without ctnetlink has nothing to carry over.
+    :param done: set of ids of connections that were replaced before and need not be again; those that are replaced now are added.
+    :returns: {"replaced": n, "left": n, "guarded": bool, "error": text or ""}; an entry that vanished or was made anew meanwhile is not an
+        error: it is seen again by the next pass. Nothing is raised: a kernel without ctnetlink has nothing to carry over.
     """
-    result = {"replaced": 0, "left": 0, "error": ""}
+    result = {"replaced": 0, "left": 0, "guarded": False, "error": ""}
     networks = packed_networks(cidrs)
     families = [family for family, length in ((socket.AF_INET, 4), (socket.AF_INET6, 16)) if networks[length]]
-    made = set()
+    done = set() if done is None else done
+    clients, guard = [], None
     try:
-        client = Conntrack()
-    except OSError as exc:
-        result["error"] = "connection tracking cannot be read: %s" % exc
-        return result
-    try:
+        # One reads while the other replaces: what is replaced was read moments before, however many there are.
+        clients += [Conntrack(), Conntrack()]
+        reader, writer = clients
         for dummy in range(passes):
             result["left"] = 0
             for family in families:
-                for connection in [entry for entry in client.dump(family) if must_move(entry, networks)]:
-                    if connection["id"] in made:
+                for connection in reader.dump(family):
+                    if connection["id"] in done or not must_move(connection, networks):
                         continue
-                    code, made_id = client.replace(connection)
+                    if guard is None:
+                        guard = Guard()
+                        guard.start()
+                        result["guarded"] = guard.active
+                    code, made_id = writer.replace(connection)
                     if code == 0:
                         result["replaced"] += 1
-                        made.add(made_id)
+                        done.add(made_id)
                     elif code not in (errno.ENOENT, errno.EEXIST):
                         result["left"] += 1
                         result["error"] = os.strerror(code)
     except (OSError, struct.error) as exc:
         result["error"] = "connection tracking failed: %s" % exc
     finally:
-        client.close()
+        if guard is not None:
+            guard.stop()
+        for client in clients:
+            client.close()
     return result

@@ -22,7 +22,7 @@ STATES = ("encrypted", "idle", "accepting", "partial", "no handshake", "missing"
 
 
 def steered(routes_state, node_families):
-    """What the rules make of the tables: {"pods": set of families whose rule for pod CIDRs is there, "nodes": the same of host encryption}."""
+    """What the rules make of the tables: {"pods": families whose rule for pod CIDRs is there, "nodes": the same of host encryption}."""
     pods, nodes = set(), set()
     tables = sorted({rule["table"] for rule in routes_state["rules"]})
     for rule in routes_state["rules"]:

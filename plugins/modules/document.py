@@ -150,7 +150,8 @@ def main():
         result["needed"] = False
     if module._diff and changed:
         lines = compare_documents(before, after) if after else ["the mesh document is removed"]
-        result["diff"] = {"before_header": params["path"], "after_header": params["path"], "prepared": "".join(line + "\n" for line in lines)}
+        result["diff"] = {
+            "before_header": params["path"], "after_header": params["path"], "prepared": "".join(line + "\n" for line in lines)}
     module.exit_json(**result)
 
 

@@ -18,8 +18,8 @@ description:
   - Table O(table) holds the pod CIDRs of every proven peer, the next table their node addresses. Both are complete before any rule points
     to them, so that what moves the traffic of a node is the addition or deletion of a rule.
   - Routes change one by one; a route or rule that stays is not touched.
-  - With O(send=true) the kernel is asked afterwards which way it takes to each prefix, from this host and from its pods. The task fails where
-    that is not the mesh.
+  - With O(send=true) the kernel is asked afterwards which way it takes to each prefix, from this host and from its pods. The task fails
+    where that is not the mesh.
   - Connections whose source is masqueraded are carried over to the new device. The kernel by itself drops a packet of each of them
     and forgets it.
   - Only the tables O(table) and the next, and rules that point to them, are looked at. Routes and rules of others stay as they are.
@@ -236,16 +236,25 @@ def apply_live(system, current, wanted, steps):
     meanwhile.
     """
     moved = plan.moved_destinations(current, wanted)
-    carried = 0
+    carried, done = 0, set()
     for ops in (("replace_route",), ("add_rule", "remove_rule"), ("remove_route",)):
         part = [step for step in steps if step["op"] in ops]
         moves = bool(moved and part) and (ops[0] == "add_rule" or (bool(current["rules"]) and bool(wanted["rules"])))
         if moves:
-            carried += carry_over(moved)["replaced"]
+            carried += carry(system, moved, 2, done)
         live.apply_steps(system, part)
         if moves:
-            carried += carry_over(moved, passes=1)["replaced"]
+            carried += carry(system, moved, 1, done)
     return carried
+
+
+def carry(system, moved, passes, done):
+    """Carry connections over; -> their number. What could not be carried over loses a packet and may have to begin anew: that is said."""
+    result = carry_over(moved, passes, done)
+    if result["error"]:
+        system.module.warn("masqueraded connections could not all be carried over to the other device (%d left): %s"
+                           % (result["left"], result["error"]))
+    return result["replaced"]
 
 
 def unit_steps(system, wanted_enabled, file_steps):
