@@ -32,10 +32,9 @@ PINGS_PER_SECOND = 20
 LOOK = 5
 
 
-# For reading: tables line by line, and nothing about tasks that do nothing.
+# For reading: nothing about tasks that do nothing. Not result_format yaml, which breaks the lines of tables.
 ANSIBLE_CFG = """\
 [defaults]
-callback_result_format = yaml
 display_skipped_hosts = false
 nocows = true
 """
