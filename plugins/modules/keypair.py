@@ -58,7 +58,7 @@ options:
     description:
       - V(never) makes a key only where there is none.
       - V(always) makes a new key in any case and overwrites the old one. Peers that only know the old public key no longer reach the
-        node; use the playbook P(kubemesh.wireguard.rotate_keys#playbook) to change the keys of a mesh without losing a packet.
+        node. To change the keys of a mesh that is in use, make a key of the other generation beside the first.
     type: str
     choices:
       - never
