@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # -*- coding: utf-8 -*-
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
@@ -267,12 +266,14 @@ MaxSessions 50
 MaxStartups 100
 """
 
-MASKED_UNITS = """
-apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer dpkg-db-backup.timer logrotate.timer
-man-db.timer console-getty.service getty.target systemd-timesyncd.service systemd-resolved.service dev-hugepages.mount
-sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount systemd-pcrphase.service systemd-update-utmp.service
-systemd-update-utmp-runlevel.service systemd-random-seed.service proc-sys-fs-binfmt_misc.automount systemd-tmpfiles-clean.timer
-""".split()
+MASKED_UNITS = [
+    "apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer",
+    "dpkg-db-backup.timer", "logrotate.timer", "man-db.timer", "console-getty.service", "getty.target",
+    "systemd-timesyncd.service", "systemd-resolved.service", "dev-hugepages.mount", "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount", "sys-fs-fuse-connections.mount", "systemd-pcrphase.service", "systemd-update-utmp.service",
+    "systemd-update-utmp-runlevel.service", "systemd-random-seed.service", "proc-sys-fs-binfmt_misc.automount",
+    "systemd-tmpfiles-clean.timer",
+]
 
 MARKER_BOOT = "/run/fake-kubelet.started"
 
@@ -856,8 +857,8 @@ class Lab:
                 pre = [f"fib daddr type local tcp dport {NODEPORT} meta mark set meta mark or 0x4000 dnat to {to}"]
                 post = ["meta mark and 0x4000 == 0x4000 meta mark set meta mark xor 0x4000 masquerade"]
             if options.masquerade:
-                post += [f"{word} saddr {self.pod_cidrs(node)[family]} {word} daddr != {cluster} fib daddr type != local"
-                         " oifname != \"cni0\" masquerade"]
+                post += [(f"{word} saddr {self.pod_cidrs(node)[family]} {word} daddr != {cluster} fib daddr type != local"
+                         " oifname != \"cni0\" masquerade")]
             body = [f"table {word} km-lab {{", "chain prerouting { type nat hook prerouting priority -100; policy accept;", *pre, "}",
                     "chain output { type nat hook output priority -100; policy accept;", *pre, "}",
                     "chain postrouting { type nat hook postrouting priority 100; policy accept;", *post, "}", "}"]
@@ -1165,9 +1166,8 @@ class Lab:
             pid = int(entry)
             try:
                 started = start_time(pid)
-                if pid in leaders or os.stat(f"/proc/{pid}/ns/net").st_ino in inodes:
-                    pids[pid] = started
-                elif mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if (pid in leaders or os.stat(f"/proc/{pid}/ns/net").st_ino in inodes
+                        or mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
                     pids[pid] = started
             except OSError:
                 continue
@@ -1200,7 +1200,8 @@ class Lab:
                 self._remove_cgroup(folder.parent)
                 with contextlib.suppress(OSError):
                     folder.parent.parent.rmdir()
-            shutil.rmtree(self.state, ignore_errors=True)
+            if f" {self.state}/" in Path("/proc/self/mountinfo").read_text():
+                raise LabError(f"something under {self.state} is still mounted and does not let go; nothing there was removed")
             if self.state.exists():
                 shutil.rmtree(self.state)
         (STATE_ROOT / f".{self.name}.lock").unlink(missing_ok=True)

@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # -*- coding: utf-8 -*-
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
@@ -36,7 +35,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import lab as labs  # noqa: E402
+import lab as labs
 
 KINDS = ("pod-pod", "host-pod", "pod-host", "host-host")
 ANSWER_SECONDS = 3.0  # a reply after that counts as lost
@@ -890,7 +889,7 @@ class Requests(Loop):
 
     def finish(self):
         end = time.monotonic() + ANSWER_SECONDS
-        self.run_until(lambda: time.monotonic() > end or not self.open and all(flow["question"] is None for flow in self.flows),
+        self.run_until(lambda: time.monotonic() > end or (not self.open and all(flow["question"] is None for flow in self.flows)),
                        ticking=False)
         for sock in list(self.open):
             self._end(sock, "timeout")
