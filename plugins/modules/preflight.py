@@ -110,19 +110,20 @@ options:
   pod_cidrs:
     description:
       - Pod CIDRs of this node, where they are known already. The addresses of its pods are compared with them.
+      - The default is what a mesh document says that is given as O(targets_file) or O(targets_src).
     type: list
     elements: str
-    default: []
   node_addresses:
     description:
       - Addresses that the Node object has, where they are known already. One of them must be on this host.
+      - The default is what a mesh document says that is given as O(targets_file) or O(targets_src).
     type: list
     elements: str
-    default: []
   listen:
     description:
       - V(start) leaves a responder behind, in a process of its own, on those of the mesh's UDP ports that are free.
       - V(stop) ends it.
+      - In both cases the other nodes are not asked, as their responders may not be there.
     type: str
     choices:
       - start
@@ -298,17 +299,17 @@ listener:
   sample: {"running": true, "ports": [51840, 51841]}
 target_count:
   description: Number of other nodes that were asked.
-  returned: with targets
+  returned: when other nodes are asked
   type: int
   sample: 4
 reached_count:
   description: Number of other nodes that answered.
-  returned: with targets
+  returned: when other nodes are asked
   type: int
   sample: 4
 path_mtus:
   description: Bytes that the narrowest way to another node carries, and which node that is, for each address family.
-  returned: with targets
+  returned: when other nodes are asked
   type: dict
   sample: {"ipv4": {"mtu": 1500, "node": "worker-2"}}
 mesh_mtu:
@@ -316,7 +317,7 @@ mesh_mtu:
     - MTU for the mesh device in bytes. It is what the narrowest way carries less WireGuard's overhead of 60 bytes over IPv4 and 80 over
       IPv6, and never below 1280.
     - Null if nothing was measured.
-  returned: with targets
+  returned: when other nodes are asked
   type: int
   sample: 1440
 msg:
@@ -347,31 +348,37 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import 
 LISTEN_SECONDS_MOST = 3600  # a forgotten responder must not stay for days
 
 
-def settings_of(params):
-    """The settings that findings are judged by, checked."""
+def settings_of(params, data):
+    """The settings that findings are judged by, checked; ``data`` as `read_targets` returns it."""
     check_settings(params)
     if not 1 <= params["port"] < PORT_MAX:
         raise MeshError("port: %d is not a UDP port below %d; the next one is used as well" % (params["port"], PORT_MAX))
     if params["timeout"] <= 0 or not 1 <= params["listen_seconds"] <= LISTEN_SECONDS_MOST:
         raise MeshError("timeout and listen_seconds must be above 0, and listen_seconds at most %d" % LISTEN_SECONDS_MOST)
+    entry = data["nodes"].get(params["node"]) if isinstance(data, dict) and isinstance(data.get("nodes"), dict) else None
+    known = {name: params[name] if params[name] is not None else (entry or {}).get(name, []) for name in ("pod_cidrs", "node_addresses")}
     names = ("node", "interface", "table", "rule_priority", "fwmark", "encrypt", "implementation", "persistence", "mtu")
     return dict({name: params[name] for name in names}, ports=[params["port"], params["port"] + 1],
-                pod_cidrs=[canonical_cidr(text) for text in params["pod_cidrs"]],
-                node_addresses=[canonical_address(text) for text in params["node_addresses"]])
+                pod_cidrs=[canonical_cidr(text) for text in known["pod_cidrs"]],
+                node_addresses=[canonical_address(text) for text in known["node_addresses"]])
 
 
-def targets_of(params):
+def read_targets(params):
+    """The list or the mesh document that was given; None if none was."""
+    if not params["targets_file"]:
+        return params["targets"]
+    text = read_text(params["targets_file"])
+    if text is None:
+        raise MeshError("targets_file: %s is not there" % params["targets_file"])
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise MeshError("targets_file: %s is not JSON: %s" % (params["targets_file"], exc)) from None
+
+
+def targets_of(params, data):
     """The other nodes: [{"name", "address", "ports"}], or None if there are none to be asked."""
-    data = params["targets"]
-    if params["targets_file"]:
-        text = read_text(params["targets_file"])
-        if text is None:
-            raise MeshError("targets_file: %s is not there" % params["targets_file"])
-        try:
-            data = json.loads(text)
-        except ValueError as exc:
-            raise MeshError("targets_file: %s is not JSON: %s" % (params["targets_file"], exc)) from None
-    if data is None:
+    if data is None or params["listen"]:
         return None
     try:
         targets = _underlay.targets_of(data, params["node"])
@@ -458,8 +465,9 @@ def implementation_of(facts, wanted):
 def run(module):
     """-> the result of the module."""
     params = module.params
-    settings = settings_of(params)
-    targets = targets_of(params)
+    data = read_targets(params)
+    settings = settings_of(params, data)
+    targets = targets_of(params, data)
     if not params["nonce"] and (params["listen"] == "start" or (targets and not module.check_mode)):
         raise MeshError("nonce: needed to start a responder and to ask those of other nodes; give all nodes the same new text in each run")
     result, found = {"changed": False}, []
@@ -494,8 +502,8 @@ def main():
             "implementation": {"type": "str", "choices": ["auto", "kernel", "userspace"], "default": "auto"},
             "persistence": {"type": "str", "choices": ["auto", "wg-quick", "systemd-networkd", "none"], "default": "auto"},
             "mtu": {"type": "int"},
-            "pod_cidrs": {"type": "list", "elements": "str", "default": []},
-            "node_addresses": {"type": "list", "elements": "str", "default": []},
+            "pod_cidrs": {"type": "list", "elements": "str"},
+            "node_addresses": {"type": "list", "elements": "str"},
             "listen": {"type": "str", "choices": ["start", "stop"]},
             "listen_seconds": {"type": "int", "default": 120},
             "nonce": {"type": "str"},

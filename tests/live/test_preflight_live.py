@@ -185,8 +185,9 @@ def test_nodes_without_responder_are_measured_by_icmp(preflight, net):
 
 
 def test_check_mode_starts_nothing_and_measures(preflight, net):
-    result = preflight.ask("a", check=True, listen="start")
-    assert result["listener"] == {"running": False, "ports": []}
+    result = net.module("a", "preflight", check=True, node="a", local_checks=False, listen="start", nonce=NONCE)
+    assert result["listener"] == {"running": False, "ports": []} and ":5184" not in net.exec("a", "ss", "-Hlun")
+    result = preflight.ask("a", check=True)
     assert texts(result) == [] and result["reached_count"] == 2 and result["mesh_mtu"] == 1440
 
 

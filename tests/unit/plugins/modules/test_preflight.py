@@ -106,10 +106,32 @@ def test_listen_starts_anew_and_stops(run_module, node):
 def test_check_mode_neither_starts_nor_stops_and_asks_by_icmp(run_module, node):
     node.sizes = {"worker-2": 1400, "worker-3": 1500}
     for listen in ("start", "stop"):
-        result = run_module(preflight.main, {"node": "worker-1", "local_checks": False, "listen": listen, "targets": TARGETS, "nonce": "x"},
-                            check=True)
-        assert node.calls.pop() == ("ask", (("ipv4", "icmp"), ("ipv6", "icmp"))) and node.calls == []
-        assert result["findings"] == [] and result["mesh_mtu"] == 1340
+        run_module(preflight.main, {"node": "worker-1", "local_checks": False, "listen": listen, "nonce": "x"}, check=True)
+        assert node.calls == []
+    result = run_module(preflight.main, {"node": "worker-1", "local_checks": False, "targets": TARGETS}, check=True)
+    assert node.calls == [("ask", (("ipv4", "icmp"), ("ipv6", "icmp")))]
+    assert result["findings"] == [] and result["mesh_mtu"] == 1340
+
+
+@pytest.mark.parametrize("listen", ["start", "stop"])
+def test_other_nodes_are_not_asked_while_responders_come_and_go(run_module, node, listen):
+    result = run_module(preflight.main, {"node": "worker-1", "local_checks": False, "listen": listen, "nonce": "x", "targets": TARGETS})
+    assert "target_count" not in result and not [call for call in node.calls if call[0] == "ask"]
+
+
+def test_mesh_document_says_what_this_node_should_have(run_module, node, tmp_path):
+    path = tmp_path / "draft.json"
+    entry = {"state": "pending", "endpoints": {}, "pod_cidrs": ["10.244.1.0/24"], "node_addresses": ["198.18.0.1"]}
+    path.write_text(json.dumps({"nodes": {"worker-1": entry}}))
+    node.facts = dict(CLEAN, pod_routes=[{"prefix": "10.244.7.7/32", "device": "cali1"}],
+                      addresses=[{"address": "1.2.3.4", "device": "eth0"}])
+    arguments = {"node": "worker-1", "targets_file": str(path), "listen": "start", "nonce": "x"}
+    result = run_module(preflight.main, arguments)
+    assert [item["check"] for item in result["findings"]] == ["pod CIDRs", "addresses"]
+    # what is said in the task counts more
+    result = run_module(preflight.main, dict(arguments, pod_cidrs=["10.244.7.0/24"], node_addresses=[]))
+    assert result["findings"] == []
+    assert run_module(preflight.main, dict(arguments, node="worker-9"))["findings"] == []
 
 
 def test_targets(run_module, node):
