@@ -574,7 +574,8 @@ def test_steps_are_carried_out_in_their_order():
     for dummy in range(60):
         steps = []
         for dummy in range(rng.randint(1, 6)):
-            key, prefix = rng.choice(KEYS), rng.choice(PREFIXES)
+            # few of each, so that steps meet
+            key, prefix = rng.choice(KEYS[:2]), rng.choice(PREFIXES[:2])
             steps.append(rng.choice([
                 {"op": "add_peer", "public_key": key, "endpoint": None, "keepalive": 0, "allowed_ips": [prefix]},
                 {"op": "update_peer", "public_key": key, "keepalive": rng.randint(0, 9)},
