@@ -73,6 +73,21 @@ def all_findings(hosts, hostvars):
         for text in failed.get("problems") or [failed.get("msg", "the node list cannot be read")]:
             found.append(finding("error", text))
     found += [finding("warning", text) for text in computed.get("warnings") or []]
+    return found + mismatch_findings(computed.get("missing") or {})
+
+
+def mismatch_findings(missing):
+    """Findings about names: hosts of this run without a Node object would get no peers, nodes without a host stay in clear."""
+    found, suggestions = [], missing.get("suggestions") or {}
+    for host in missing.get("hosts_without_node") or []:
+        close = "; most likely it is %s" % suggestions[host] if host in suggestions else ""
+        found.append(dict(
+            finding("error", "host %s: the cluster has no node of this name%s" % (host, close)),
+            remedy="set mesh_node_name of this host to the name of its Node object, or leave the host out of the run"))
+    for node in missing.get("not_in_inventory") or []:
+        found.append(dict(
+            finding("warning", "node %s: no host of the inventory is this node, so what it sends and gets stays in clear" % node),
+            remedy="add it to the inventory, set mesh_node_name of its host, or name it in mesh_exclude_nodes"))
     return found
 
 

@@ -1,0 +1,55 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Enable, reboot and disable on other kinds of clusters, with the same traffic and the same verdict."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from harness import Watched, assert_clear, assert_encrypted, differences, info, keep_on_failure, made, playbook, traces  # noqa: E402
+
+VARIANTS = {
+    # name: options of the lab, arguments of the playbook, MTU that must come out (underlay less 60 over IPv4, 80 over IPv6)
+    "vxlan-networkd": ({"dataplane": "vxlan", "mtu": 1400}, ["-e", "mesh_persistence=systemd-networkd"], 1340),
+    "ipv4": ({"families": "ipv4"}, [], 1440),
+    "ipv6": ({"families": "ipv6"}, [], 1420),
+}
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variant(name):
+    options, arguments, mtu = VARIANTS[name]
+    lab = made("v" + name[:4], nodes=3, pods=2, **options)
+    try:
+        before = {node: traces(lab, node) for node in lab.nodes}
+        assert_clear(lab)
+        with Watched(lab):
+            playbook(lab, "enable", *arguments)
+        assert_encrypted(lab)
+        assert {info(lab, node)["device"]["mtu"] for node in lab.nodes} == {mtu}
+        run = playbook(lab, "enable", *arguments)
+        assert set(run.changed().values()) == {0}
+        if name == "vxlan-networkd":
+            key = info(lab, "node-2")["device"]["public_key"]
+            lab.reboot("node-2", wait=True)
+            found = info(lab, "node-2")
+            assert found["device"]["public_key"] == key and found["sending"]
+            lab.exec("node-2", ["systemctl", "restart", "systemd-networkd"])
+            assert_encrypted(lab)
+            run = playbook(lab, "enable", *arguments)
+            assert set(run.changed().values()) == {0}
+        with Watched(lab):
+            playbook(lab, "disable")
+        for node in lab.nodes:
+            # A reboot of its own changes what systemd notes of a boot; the node that had one is compared less it.
+            left = [line for line in differences(before[node], traces(lab, node)) if "/var/lib/systemd" not in line]
+            assert left == []
+    finally:
+        if not keep_on_failure():
+            lab.down()
