@@ -28,7 +28,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FA
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_sysctl, read_text
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg import client_for, device_names
 
-TOOLS = ("ip", "wg", "wg-quick", "nft", "systemctl")
+TOOLS = ("ip", "wg", "wg-quick")
 DOCUMENT_FILE = "/etc/kubemesh/mesh.json"
 CNI_FOLDER = "/etc/cni/net.d"
 # Items kept of lists that grow with the cluster; a finding needs a few of them.
@@ -36,7 +36,8 @@ KEPT = 50
 # Lines about marks kept of a ruleset; kube-proxy has a few for each service.
 MARK_LINES = 5000
 # Devices behind which the pods of this node are: Calico, Cilium and others, AWS, Azure, GKE, ptp and bridge plugins, kube-router, kubenet.
-POD_DEVICE = re.compile(r"(cali|lxc|eni|azv|gke|veth)[0-9a-f]+$|cni[0-9]+$|kube-bridge$|cbr0$")
+# Of bridges only cni0: others may be those of secondary networks (Multus).
+POD_DEVICE = re.compile(r"(cali|lxc|eni|azv|gke|veth)[0-9a-f]+$|cni0$|kube-bridge$|cbr0$")
 # Devices that carry an address of the pod range for the node itself.
 OVERLAY_DEVICES = ("tunl0", "vxlan.calico", "vxlan-v6.calico", "flannel.1", "flannel-v6.1", "cilium_host")
 
@@ -53,7 +54,6 @@ def read_facts(system, settings):
         "mesh_document": os.path.exists(DOCUMENT_FILE),
         "fips": read_sysctl("crypto/fips_enabled") == "1",
         "ipv6": _ipv6(),
-        "rp_filter": {name: read_sysctl("net/ipv4/conf/%s/rp_filter" % name) for name in ("all", "default")},
         "foreign_files": foreign_files(settings["interface"]),
         "readonly": [path for path in ("/etc", "/run") if not os.access(path, os.W_OK)],
         "cni": cni_configuration(),
@@ -114,7 +114,7 @@ def _network(system, settings):
     links, addresses = [], []
     for item in system.ip_json(["-d", "link", "show"]):
         info = item.get("linkinfo") or {}
-        links.append({"name": item["ifname"], "kind": info.get("info_kind", ""), "mtu": item.get("mtu", 0), "up": "UP" in item["flags"],
+        links.append({"name": item["ifname"], "kind": info.get("info_kind", ""),
                       "udp_port": (info.get("info_data") or {}).get("port") if info.get("info_kind") in ("vxlan", "geneve") else None})
     for item in system.ip_json(["addr", "show"]):
         addresses += [{"address": one["local"], "device": item["ifname"]} for one in item.get("addr_info", []) if "local" in one]

@@ -36,14 +36,14 @@ FOREIGN_MARKS = [
 ]
 CLEAN = {
     "uid": 0, "python": [3, 11, 2], "kernel": "6.1.0-28-cloud-amd64", "modules_present": True, "systemd": True,
-    "tools": {"ip": True, "wg": True, "wg-quick": True, "nft": True, "systemctl": True, "ip_json": True},
-    "mesh_document": False, "fips": False, "ipv6": "on", "rp_filter": {"all": "0", "default": "2"}, "foreign_files": [], "readonly": [],
+    "tools": {"ip": True, "wg": True, "wg-quick": True, "ip_json": True},
+    "mesh_document": False, "fips": False, "ipv6": "on", "foreign_files": [], "readonly": [],
     "cni": {"types": ["flannel", "portmap"], "ipams": []},
     "wireguard": {"kernel": True, "error": "", "userspace": "", "tun": True},
-    "links": [{"name": "lo", "kind": "", "mtu": 65536, "up": True, "udp_port": None},
-              {"name": "eth0", "kind": "", "mtu": 1500, "up": True, "udp_port": None},
-              {"name": "flannel.1", "kind": "vxlan", "mtu": 1450, "up": True, "udp_port": 8472},
-              {"name": "cni0", "kind": "bridge", "mtu": 1450, "up": True, "udp_port": None}],
+    "links": [{"name": "lo", "kind": "", "udp_port": None},
+              {"name": "eth0", "kind": "", "udp_port": None},
+              {"name": "flannel.1", "kind": "vxlan", "udp_port": 8472},
+              {"name": "cni0", "kind": "bridge", "udp_port": None}],
     "addresses": [{"address": "127.0.0.1", "device": "lo"}, {"address": "198.18.0.11", "device": "eth0"}],
     "rules": MAIN_RULES, "routes": {}, "pod_routes": [{"prefix": "10.244.1.0/24", "device": "cni0"}, {"prefix": "10.244.1.0/32",
      "device": "x"}],
@@ -67,7 +67,7 @@ def facts(**changes):
 
 
 def link(name, kind="", udp_port=None):
-    return {"name": name, "kind": kind, "mtu": 1500, "up": True, "udp_port": udp_port}
+    return {"name": name, "kind": kind, "udp_port": udp_port}
 
 
 def rule(priority, family="ipv4", **fields):
@@ -366,7 +366,8 @@ def test_pod_routes():
         {"dst": "10.244.1.9", "dev": "cali0a1b2c3d"}, {"dst": "192.168.7.7", "dev": "eni12ab34"}, {"dst": "172.17.0.0/16",
          "dev": "docker0"},
         {"type": "blackhole", "dst": "10.244.1.64/26"}, {"type": "6", "dst": "10.244.1.128/26", "protocol": "80"},
-        {"dst": "198.18.0.0/24", "dev": "eth0"}, {"dst": "10.244.1.77", "dev": "vethdeadbeef"}, {"dst": "10.1.1.1", "dev": "vethernet"}]
+        {"dst": "198.18.0.0/24", "dev": "eth0"}, {"dst": "10.244.1.77", "dev": "vethdeadbeef"},
+        {"dst": "192.168.9.0/24", "dev": "cni1"}, {"dst": "10.1.1.1", "dev": "vethernet"}]
     assert [item["prefix"] for item in _preflight_facts.pod_routes_of(routes, "ipv4")] == [
         "10.244.1.0/24", "10.244.1.9/32", "192.168.7.7/32", "10.244.1.64/26", "10.244.1.128/26", "10.244.1.77/32"]
     assert _preflight_facts.pod_routes_of([{"dst": "fe80::/64", "dev": "cali1"}, {"dst": "fd00::9", "dev": "cali1"}], "ipv6") == [
