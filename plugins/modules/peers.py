@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 ---
 module: peers
 short_description: Compute the mesh document from Kubernetes nodes and public keys
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - Reads the node list of a cluster, validates it together with the public keys that the nodes reported, and makes the mesh document out
     of it. The document holds public facts only, is the same for every node, and every node computes its own peers, addresses and routes
