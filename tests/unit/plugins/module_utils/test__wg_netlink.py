@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _keys
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _wg_netlink as netlink
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _wg_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
@@ -436,13 +437,35 @@ def test_keys_come_from_files_and_what_was_sent_is_wiped(tmp_path):
     for buffer in kernel.buffers:
         assert not any(buffer)
     state = client.read("wg0", {ONE: preshared})
+    assert not kernel.dirty
+    assert kernel.received
+    for buffer in kernel.received:
+        assert not any(buffer)
     assert state["public_key"] == public
     assert state["peers"][ONE]["preshared_key_matches"] is True
     client.apply("wg0", [{"op": "update_peer", "public_key": ONE, "preshared_key_file": None}])
     assert client.read("wg0")["peers"][ONE]["has_preshared_key"] is False
 
 
-def test_the_wrong_private_key_is_not_set(tmp_path):
+def test_preshared_keys_are_wiped_when_sending_stops_half_way():
+    loaded = []
+
+    def load_key(path):
+        loaded.append(bytearray(raw_of(path)))
+        return loaded[-1]
+
+    entries = [entry_of({"op": "add_peer", "public_key": key_of("peer %d" % number), "endpoint": None, "keepalive": 0, "allowed_ips": [],
+                         "preshared_key_file": "psk %d" % number}) for number in range(9)]
+    generator = netlink.set_peers_messages(FAMILY, "wg0", entries, 1, load_key, 256)
+    message, keys = next(generator)
+    assert raw_of("psk 0") in bytes(message.finish())
+    assert len(keys) < len(loaded) < 9  # one is waiting for the next message
+    generator.close()
+    for key in loaded:
+        assert not any(key)
+
+
+def test_the_wrong_private_key_is_not_set(tmp_path, monkeypatch):
     private, public = private_key_file(tmp_path / "private")
     kernel = wg_fakes.FakeKernel()
     with pytest.raises(MeshError, match="wg0") as caught:
@@ -450,6 +473,11 @@ def test_the_wrong_private_key_is_not_set(tmp_path):
     assert public in str(caught.value)
     assert ONE in str(caught.value)
     assert kernel.sent == []
+    kept = bytearray(raw_of("private"))
+    monkeypatch.setattr(_keys, "read_private_key", lambda path: kept)
+    with pytest.raises(MeshError):
+        netlink.NetlinkClient(kernel.make_socket).apply("wg0", [{"op": "set_device", "private_key_file": private, "public_key": ONE}])
+    assert not any(kept)
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "there is no preshared key"), ("", "empty"), ("AAAA\n", "not a usable")])

@@ -20,7 +20,7 @@ from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.wg_f
 
 A, B, C, OWN = (key_of(name) for name in ("a", "b", "c", "own"))
 KEYS = sorted(key_of("peer %d" % number) for number in range(5))
-PREFIXES = ["10.244.0.0/16", "10.244.1.0/24", "10.244.1.0/25", "10.244.1.128/25", "198.18.0.11/32", "fd00:10:244:1::/64",
+PREFIXES = ["10.244.0.0/16", "10.244.1.0/24", "10.244.1.0/25", "10.244.1.128/25", "10.244.1.255/32", "198.18.0.11/32", "fd00:10:244:1::/64",
             "fe80::1234/128", "0.0.0.0/0"]
 ENDPOINTS = ["198.18.0.11:51840", "198.18.0.12:51840", "[2001:db8::c]:51841"]
 PSK = "/etc/kubemesh/psk"
@@ -317,6 +317,18 @@ def test_prefixes_apart_from_each_other_take_one_step_per_peer():
     steps = plan.plan_device(current, wanted_device({
         A: wanted_peer("10.0.3.0/24", "10.0.4.4/32"), B: wanted_peer("10.0.0.0/24", "10.0.1.0/25")}))
     assert sorted((step["op"], step["public_key"]) for step in steps) == sorted([("add_allowed_ips", A), ("add_allowed_ips", B)])
+
+
+def test_prefixes_of_one_peer_within_each_other_take_one_step():
+    current = present_device({A: present_peer("10.0.0.0/24"), B: present_peer()})
+    steps = plan.plan_device(current, wanted_device({A: wanted_peer("10.0.0.0/16", "10.0.0.0/25"), B: wanted_peer("10.1.0.0/16")}))
+    assert sorted((step["op"], step["public_key"]) for step in steps) == sorted([
+        ("add_allowed_ips", A), ("add_allowed_ips", B), ("remove_allowed_ips", A)])
+
+
+def test_a_peer_that_goes_takes_its_allowed_ips_along():
+    current = present_device({A: present_peer("10.0.0.0/24"), B: present_peer("10.0.1.0/24")})
+    assert plan.plan_device(current, wanted_device({A: wanted_peer("10.0.0.0/24")})) == [{"op": "remove_peer", "public_key": B}]
 
 
 def test_a_block_moves_while_an_address_borrowed_from_it_stays():

@@ -100,6 +100,8 @@ class FakeKernel:
         self.sent = []  # copies of SET_DEVICE messages
         self.buffers = []  # the very buffers that were sent
         self.public_of = {}
+        self.received = []  # the very buffers that datagrams were put into
+        self.dirty = False  # whether one was not wiped when the next datagram was asked for
         self.noise = []  # datagrams that come before the next answer: (bytes, port id of the sender)
 
     def make_socket(self, protocol):
@@ -251,6 +253,8 @@ class _FakeSocket:
         return len(view)
 
     def recvmsg_into(self, buffers):
+        self.kernel.dirty = self.kernel.dirty or any(buffers[0])
+        self.kernel.received.append(buffers[0])
         if self.kernel.noise:
             data, sender = self.kernel.noise.pop(0)
         elif self.queue:
