@@ -29,8 +29,10 @@ def run_module(capsys):
         with mock.patch.object(basic, "_ANSIBLE_ARGS", data), mock.patch.object(basic, "_ANSIBLE_PROFILE", "legacy", create=True), \
                 pytest.raises(SystemExit):
             main()
-        run.output = "".join(capsys.readouterr())
-        return json.loads(run.output)
+        printed = capsys.readouterr()
+        run.output = printed.out + printed.err
+        # where the controller's code is loaded as well, warnings are also printed, on stderr
+        return json.loads(printed.out)
 
     run.output = ""
     return run
