@@ -78,7 +78,8 @@ class Watched:
         if "requests" in self.reports:
             requests = self.reports["requests"]
             assert requests["ok"] > 0, said
-            assert requests["failed"] == requests["lasting_failed"] == requests["bulk_failed"] == 0, said
+            failures = [dict(failure, flow="%(target)s %(family)s" % flow) for flow in requests["flows"] for failure in flow["failures"]]
+            assert requests["failed"] == requests["lasting_failed"] == requests["bulk_failed"] == 0, (failures[:20], said)
 
 
 def wire(lab, kinds=("pod-pod",)):
