@@ -46,7 +46,7 @@ def why_not():
 
 
 def run(*argv, check=True, stdin=None):
-    done = subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, text=True, timeout=120, check=False)
     if check and done.returncode:
         raise RuntimeError("%s: code %d: %s" % (" ".join(map(str, argv)), done.returncode, done.stderr or done.stdout))
     return done.stdout
@@ -138,7 +138,8 @@ class Net:
         arguments = dict(arguments, _ansible_check_mode=check, _ansible_diff=True)
         paths = [path for path in sys.path if path]
         done = subprocess.run(["ip", "netns", "exec", self.ns(host), sys.executable, "-c", RUN_MODULE], input=json.dumps([name, arguments]),
-                              capture_output=True, text=True, timeout=120, env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)))
+                              capture_output=True, text=True, timeout=120, check=False,
+                              env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)))
         try:
             return json.loads(done.stdout)
         except ValueError:
@@ -170,4 +171,3 @@ def new_key():
     """-> (private, public), as text."""
     private = run("wg", "genkey").strip()
     return private, run("wg", "pubkey", stdin=private + "\n").strip()
-

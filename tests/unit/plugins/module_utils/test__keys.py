@@ -31,7 +31,7 @@ def b64(hexadecimal):
 
 
 def real_run(args, data=None):
-    done = subprocess.run(args, input=data, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(args, input=data, capture_output=True, text=True, timeout=20, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
