@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import POD_STARTERS
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._rules_netlink import change_rules
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_text
 
 ROUTES_UNIT = "kubemesh-routes.service"
@@ -45,23 +48,14 @@ def stored_routes():
 
 
 def apply_steps(system, steps):
-    """Carry out steps in their order; runs of route steps of one family go in one batch, each rule is a command of its own."""
-    batch, family = [], None
-    for step in steps + [None]:
-        if step is not None and "route" in step and (family in (None, step["route"]["family"])):
-            family = step["route"]["family"]
-            batch.append("route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])))
-            continue
-        system.ip_batch(family or "ipv4", batch)
-        batch, family = [], None
-        if step is None:
-            return
-        if "route" in step:
-            family = step["route"]["family"]
-            batch.append("route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])))
+    """Carry out steps in their order; runs of steps on routes of one family, or on rules, are one message or process each."""
+    for what, run in itertools.groupby(steps, key=lambda step: step["route"]["family"] if "route" in step else ""):
+        part = list(run)
+        if not what:
+            change_rules(part)
         else:
-            rule, verb = step["rule"], "add" if step["op"] == "add_rule" else "del"
-            system.run(["ip", FAMILY_OPTION[rule["family"]], "rule", verb] + plan.rule_text(rule).split())
+            system.ip_batch(what, [
+                "route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])) for step in part])
 
 
 def wrong_paths(system, state, pod_cidrs, interface):
@@ -106,7 +100,7 @@ def local_device(system, address):
 
 def has_default_route(system, family, device):
     """Whether a device leads out of the node: a pod address that goes there has no pod device yet."""
-    return bool(system.ip_json([FAMILY_OPTION[family], "route", "show", "default", "dev", device], missing=("does not exist",)))
+    return bool(system.ip_json([FAMILY_OPTION[family], "route", "show", "default", "dev", device], missing=("Cannot find device",)))
 
 
 def wanted_files(state, interface, sysctl_file):

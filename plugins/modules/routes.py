@@ -177,7 +177,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, local_pod_cidrs, node_entry
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES, MeshError, family_of, local_pod_cidrs, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._probe import proven_names, read_proof
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
@@ -232,19 +232,23 @@ def step_text(step):
 def apply_live(system, current, wanted, steps):
     """Carry out the kernel's part. Returns the number of connections carried over.
 
-    Connections are carried over as late as possible before their packets change devices, and once more after it, for those that came
-    meanwhile.
+    Routes in, then family by family the rules, then routes out. Connections are carried over as late as possible before their packets
+    change devices, and once more after it, for those that came meanwhile.
     """
     moved = plan.moved_destinations(current, wanted)
+    live_tables = bool(current["rules"]) and bool(wanted["rules"])
+    parts = [([step for step in steps if step["op"] == "replace_route"], moved if live_tables else [])]
+    for family in FAMILIES:
+        rules = [step for step in steps if "rule" in step and step["rule"]["family"] == family]
+        parts.append((rules, [cidr for cidr in moved if family_of(cidr) == family]))
+    parts.append(([step for step in steps if step["op"] == "remove_route"], moved if live_tables else []))
     carried, done = 0, set()
-    for ops in (("replace_route",), ("add_rule", "remove_rule"), ("remove_route",)):
-        part = [step for step in steps if step["op"] in ops]
-        moves = bool(moved and part) and (ops[0] == "add_rule" or (bool(current["rules"]) and bool(wanted["rules"])))
-        if moves:
-            carried += carry(system, moved, 2, done)
+    for part, moves in parts:
+        if part and moves:
+            carried += carry(system, moves, 2, done)
         live.apply_steps(system, part)
-        if moves:
-            carried += carry(system, moved, 1, done)
+        if part and moves:
+            carried += carry(system, moves, 1, done)
     return carried
 
 
