@@ -45,8 +45,8 @@ CLEAN = {
               {"name": "flannel.1", "kind": "vxlan", "udp_port": 8472},
               {"name": "cni0", "kind": "bridge", "udp_port": None}],
     "addresses": [{"address": "127.0.0.1", "device": "lo"}, {"address": "198.18.0.11", "device": "eth0"}],
-    "rules": MAIN_RULES, "routes": {}, "pod_routes": [{"prefix": "10.244.1.0/24", "device": "cni0"}, {"prefix": "10.244.1.0/32",
-     "device": "x"}],
+    "rules": MAIN_RULES, "routes": {}, "pod_routes": [
+        {"prefix": "10.244.1.0/24", "device": "cni0"}, {"prefix": "10.244.1.0/32", "device": "x"}],
     "wg_devices": {}, "udp": [], "responder_ports": [], "marks": FOREIGN_MARKS,
 }
 SETTINGS = {
@@ -122,7 +122,7 @@ CASES = [
     ("ipv6 needed", {"ipv6": "off"}, {"pod_cidrs": ["10.244.1.0/24", "fd00:1::/64"]}, [("error", "ipv6")], "fd00:1::/64"),
     ("no wireguard", {"wireguard": {"kernel": False, "error": "RTNETLINK answers: Operation not supported"}}, {},
      [("error", "wireguard")],
-      "6.1.0-28-cloud-amd64 cannot create a WireGuard device (RTNETLINK answers: Operation not supported), and there"),
+     "6.1.0-28-cloud-amd64 cannot create a WireGuard device (RTNETLINK answers: Operation not supported), and there"),
     ("kernel updated", {"wireguard": {"kernel": False}, "modules_present": False}, {}, [("error", "wireguard")], "reboot"),
     ("userspace only", {"wireguard": {"kernel": False, "userspace": "/usr/bin/wireguard-go"}}, {}, [("warning", "wireguard")], "slower"),
     ("userspace asked for", {"wireguard": {"kernel": False, "userspace": "/usr/bin/wireguard-go"}}, {"implementation": "userspace"}, [],
@@ -156,7 +156,7 @@ CASES = [
      "wgmesh1 is there and is no WireGuard device (bridge)"),
     ("device of others", {"links": CLEAN["links"] + [link("wgmesh0", "wireguard")],
                           "wg_devices": {"wgmesh0": {"listen_port": 1, "fwmark": 0, "public_key": "x"}}}, {}, [("error", "device")],
-                           "not ours"),
+     "not ours"),
     ("port by process", {"udp": [{"port": 51841, "holder": "dnsmasq"}]}, {}, [("error", "port")], "51841 is taken by dnsmasq"),
     ("port by wireguard", {"udp": [{"port": 51840, "holder": ""}], "wg_devices": {"wg0": {"listen_port": 51840, "fwmark": 0,
      "public_key": "x"}}},
@@ -174,12 +174,12 @@ CASES = [
      "suppress_prefixlength 0"),
     ("before, calico wireguard", {"rules": MAIN_RULES + [rule(99, table="1", fwmark="0x100000", fwmask="0x100000", **{"not": None})],
                                   "routes": {"1": [{"dst": "10.244.2.0/24", "device": "wireguard.cali", "type": "1",
-                                   "family": "ipv4"}]}}, {},
+                                                    "family": "ipv4"}]}}, {},
      [("warning", "rules")],
-      "may decide about its traffic: ip rule: priority 99 not from all fwmark 0x100000/0x100000 lookup 1 (10.244.2.0/24)"),
+     "may decide about its traffic: ip rule: priority 99 not from all fwmark 0x100000/0x100000 lookup 1 (10.244.2.0/24)"),
     ("before, default route", {"rules": MAIN_RULES + [rule(99, table="7")],
-                               "routes": {"7": [{"dst": "default", "device": "eth1", "type": "1", "family": "ipv4"}]}}, {}, [("error",
-                                "rules")], "lookup 7"),
+                               "routes": {"7": [{"dst": "default", "device": "eth1", "type": "1", "family": "ipv4"}]}}, {},
+     [("error", "rules")], "lookup 7"),
     ("before, empty table", {"rules": MAIN_RULES + [rule(99, table="7")]}, {}, [], ""),
     ("before, marked only", {"rules": MAIN_RULES + [rule(9, table="2004", fwmark="0x200", fwmask="0xf00")]}, {}, [], ""),
     ("before, local moved", {"rules": [rule(100, table="255"), *MAIN_RULES[1:]]}, {}, [], ""),
@@ -241,7 +241,7 @@ def target(number, judged=True):
 
 def measured(path_mtu=1500, reached=True, errors=None):
     return {"reached": {1} if reached else set(), "listening": set(), "path_mtu": path_mtu, "rtt": 0.1, "errors": errors or {},
-     "finished": True}
+            "finished": True}
 
 
 def between(verdicts, results=None, **settings):
@@ -282,8 +282,8 @@ def test_findings_stay_few_in_a_big_cluster():
 
 
 @pytest.mark.parametrize("size,mtu,expected", [
-    (1500, None, []), (1340, None, []), (1339, None, ["1339 bytes, which leaves 1279"]), (1500, 1440, []), (1500, 1441,
-     ["mesh_mtu is 1441"]),
+    (1500, None, []), (1340, None, []), (1339, None, ["1339 bytes, which leaves 1279"]), (1500, 1440, []),
+    (1500, 1441, ["mesh_mtu is 1441"]),
     (1400, 1420, ["at most 1340"])])
 def test_mtu(size, mtu, expected):
     result = between([("open", "open")] * 2, [measured(), measured(size)], mtu=mtu)
@@ -361,10 +361,10 @@ def test_uses_mark(line, uses):
 def test_pod_routes():
     routes = [
         {"dst": "default", "gateway": "198.18.0.1", "dev": "eth0"}, {"dst": "10.244.1.0/24", "dev": "cni0"},
-        {"dst": "10.244.2.0/24", "gateway": "198.18.0.12", "dev": "eth0"}, {"dst": "10.244.3.0/24", "gateway": "10.244.3.0",
-         "dev": "flannel.1"},
-        {"dst": "10.244.1.9", "dev": "cali0a1b2c3d"}, {"dst": "192.168.7.7", "dev": "eni12ab34"}, {"dst": "172.17.0.0/16",
-         "dev": "docker0"},
+        {"dst": "10.244.2.0/24", "gateway": "198.18.0.12", "dev": "eth0"},
+        {"dst": "10.244.3.0/24", "gateway": "10.244.3.0", "dev": "flannel.1"},
+        {"dst": "10.244.1.9", "dev": "cali0a1b2c3d"}, {"dst": "192.168.7.7", "dev": "eni12ab34"},
+        {"dst": "172.17.0.0/16", "dev": "docker0"},
         {"type": "blackhole", "dst": "10.244.1.64/26"}, {"type": "6", "dst": "10.244.1.128/26", "protocol": "80"},
         {"dst": "198.18.0.0/24", "dev": "eth0"}, {"dst": "10.244.1.77", "dev": "vethdeadbeef"},
         {"dst": "192.168.9.0/24", "dev": "cni1"}, {"dst": "10.1.1.1", "dev": "vethernet"}]
