@@ -68,12 +68,18 @@ def choose_persistence(system, wanted):
     return "wg-quick" if system.path("wg-quick") else "systemd-networkd"
 
 
+def has_ipv6():
+    """Whether the kernel has IPv6 at all; ``ipv6.disable=1`` at boot takes it away."""
+    return os.path.isdir("/proc/sys/net/ipv6")
+
+
 def read_host(system, underlay):
-    """What else manages networks here: {"networkd", "networkmanager": bool, "underlay": [device]}."""
+    """What else manages networks here: {"networkd", "networkmanager": bool, "ipv6": bool, "underlay": [device]}."""
     return {
         "networkd": any(os.path.exists(path + "/systemd-networkd") for path in ("/usr/lib/systemd", "/lib/systemd")),
         "networkmanager": os.path.isdir("/etc/NetworkManager"),
         "underlay": underlay,
+        "ipv6": has_ipv6(),
     }
 
 
@@ -134,7 +140,7 @@ def plan_present(system, wanted, host, current, check_mode):
     for unit, enabled in _persist.boot_units(interface, wanted["persistence"]).items():
         if system.unit(unit)["enabled"] != enabled:
             units.append({"op": "enable_unit" if enabled else "disable_unit", "unit": unit})
-    sysctls = _persist.wanted_sysctls(interface, host["underlay"])
+    sysctls = _persist.wanted_sysctls(interface, host)
     return {
         "early_files": [step for step in files if step["path"] in early],
         "link": before,

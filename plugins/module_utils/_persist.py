@@ -70,7 +70,8 @@ def boot_files(device, host):
     :param device: {"interface", "implementation": "kernel"|"userspace", "userspace_command",
         "persistence": "wg-quick"|"systemd-networkd"|"none",
         "private_key_file", "listen_port", "fwmark", "mtu", "addresses", "peers": as `_mesh.peers_of`}.
-    :param host: {"networkd": bool, "networkmanager": bool, "underlay": [device names]}: what runs there, and where the outer packets go.
+    :param host: {"networkd": bool, "networkmanager": bool, "ipv6": bool, "underlay": [device names]}: what runs there, whether the
+        kernel has IPv6, and where the outer packets go.
     """
     interface, persistence = device["interface"], device["persistence"]
     userspace = device["implementation"] == "userspace"
@@ -93,7 +94,7 @@ def boot_files(device, host):
         files[NETWORKD_CONF] = (networkd_conf_text(), MODE_PUBLIC)
     if host["networkmanager"]:
         files[NETWORKMANAGER_CONF] = (networkmanager_conf_text(interface), MODE_PUBLIC)
-    files[SYSCTL_FILE] = (sysctl_text(wanted_sysctls(interface, host["underlay"])), MODE_PUBLIC)
+    files[SYSCTL_FILE] = (sysctl_text(wanted_sysctls(interface, host)), MODE_PUBLIC)
     return files
 
 
@@ -104,14 +105,18 @@ def absent_files(interface):
     return dict.fromkeys(paths, (None, MODE_PUBLIC))
 
 
-def wanted_sysctls(interface, underlay):
+def wanted_sysctls(interface, host):
     """{sysctl: value}: reverse-path filtering loose on the mesh device and where the outer packets come in.
 
     In the phase in which one side sends through the tunnel and the other does not yet, packets arrive on the device that the answer
     would not take. The kernel uses the larger of ``all`` and the device's value, so 2 here wins over 1 there
     (Documentation/networking/ip-sysctl.rst).
     """
-    return {"net/ipv4/conf/%s/rp_filter" % name: "2" for name in [interface] + sorted(underlay)}
+    wanted = {"net/ipv4/conf/%s/rp_filter" % name: "2" for name in [interface] + sorted(host["underlay"])}
+    if host["ipv6"]:
+        # Probes are IPv6, also where the node has it switched off elsewhere.
+        wanted["net/ipv6/conf/%s/disable_ipv6" % interface] = "0"
+    return wanted
 
 
 def sysctl_text(sysctls):

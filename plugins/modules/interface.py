@@ -151,7 +151,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import 
 STEPS_SHOWN = 200
 
 
-def wanted_device(params, doc, implementation, command, persistence):
+def wanted_device(params, doc, implementation, command, persistence, ipv6):
     """What the device shall be, from the arguments and the mesh document."""
     generation, name = generation_text(params["generation"]), params["node"]
     members = [entry for entry in doc["nodes"].values() if entry["state"] != "excluded"]
@@ -164,7 +164,7 @@ def wanted_device(params, doc, implementation, command, persistence):
         "listen_port": params["listen_port"] or doc["ports"][generation],
         "fwmark": params["fwmark"],
         "mtu": params["mtu"] or mesh_mtu(doc, name) or _link_plan.MTU_DEFAULT,
-        "addresses": device_addresses(doc, name, generation),
+        "addresses": [text for text in device_addresses(doc, name, generation) if ipv6 or ":" not in text],
         "peers": peers_of(doc, name, generation),
         # A member whose key nobody knows now may be one of the peers that are there: they stay (invariant I4).
         "keep_unknown_peers": any(generation not in entry["public_keys"] for entry in members),
@@ -219,7 +219,8 @@ def present(module, system):
     interface = params["name"]
     current = live.read(system, interface)
     implementation, command = live.choose_implementation(system, params["implementation"], current[0])
-    wanted = wanted_device(params, doc, implementation, command, live.choose_persistence(system, params["persistence"]))
+    persistence = live.choose_persistence(system, params["persistence"])
+    wanted = wanted_device(params, doc, implementation, command, persistence, live.has_ipv6())
     endpoints = [parse_endpoint(peer["endpoint"])["address"] for peer in wanted["peers"].values() if peer["endpoint"]]
     host = live.read_host(system, live.underlay_devices(system, entry["node_addresses"], endpoints, interface))
     plan = live.plan_present(system, wanted, host, current, module.check_mode)
