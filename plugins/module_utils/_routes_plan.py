@@ -53,12 +53,16 @@ def wanted_state(doc, node, settings, proven, present):
     if settings["unproven"] == "keep":
         kept = {(route["table"], route["dst"], route["peer"]) for route in present}
     routes = []
+    families = families_of(doc, node)
     tables = table_routes(doc, node)
     for table, entries in ((settings["table"], tables["pods"]), (settings["table"] + 1, tables["nodes"])):
         for dst, peer in entries:
             if proven is not None and peer not in proven and (table, dst, peer) not in kept:
                 continue
             family = family_of(dst)
+            # No rule leads there, and a node without IPv6 may not be able to have such routes at all.
+            if family not in families:
+                continue
             peer_mtu = doc["nodes"][peer]["mtu"]
             routes.append({
                 "family": family,
@@ -75,13 +79,17 @@ def wanted_state(doc, node, settings, proven, present):
     return {"routes": sorted(routes, key=route_order), "rules": wanted_rules(doc, node, settings) if settings["send"] else []}
 
 
+def families_of(doc, node):
+    """The address families that a node has, of its own or of its pods."""
+    entry = doc["nodes"][node]
+    return {family_of(text) for text in entry["node_addresses"] + entry["pod_cidrs"]}
+
+
 def wanted_rules(doc, node, settings):
     """The policy rules of a node that sends, in the order of their priorities."""
     rules = []
     base, table = settings["rule_priority"], settings["table"]
-    entry = doc["nodes"][node]
-    families = {family_of(address) for address in entry["node_addresses"]} | {family_of(cidr) for cidr in entry["pod_cidrs"]}
-    for family in sorted(families):
+    for family in sorted(families_of(doc, node)):
         rules.append({"family": family, "priority": base + PRIORITY_PODS, "table": table, "from": "", "not_fwmark": 0})
         for cidr in local_pod_cidrs(doc, node):
             if family_of(cidr) == family:
@@ -230,10 +238,15 @@ def rule_from_ip(item, family):
     table = str(item.get("table", ""))
     if not table.isdigit():
         return None
-    source = item.get("src", "all")
-    source = "" if source == "all" else str(ipaddress.ip_network("%s/%s" % (source, item.get("srclen", 32 if family == "ipv4" else 128))))
+    source, host_bits = "", False
+    if item.get("src", "all") != "all":
+        # The kernel keeps host bits in a rule of somebody's.
+        prefix = ipaddress.ip_interface("%s/%s" % (item["src"], item.get("srclen", 32 if family == "ipv4" else 128)))
+        source, host_bits = str(prefix.network), prefix.ip != prefix.network.network_address
     inverted = "not" in item
+    marked = "fwmark" in item or "fwmask" in item
     mark = int(str(item.get("fwmark", "0")), 0)
+    mask = int(str(item.get("fwmask", "0xffffffff")), 0)
     ours = {"priority", "src", "srclen", "table", "not", "fwmark", "fwmask", "protocol"}
     return {
         "family": family,
@@ -241,8 +254,9 @@ def rule_from_ip(item, family):
         "table": int(table),
         "from": source,
         "not_fwmark": mark if inverted else 0,
-        # Anything else on a rule (iif, a mark that is not inverted, suppressors) makes it another rule than ours.
-        "foreign": bool(set(item) - ours) or bool(mark and not inverted),
+        # Ours look at a prefix, or they are "not" a mark that is its own mask; anything else (iif, suppressors, a prefix that is inverted)
+        # makes it another rule.
+        "foreign": bool(set(item) - ours) or host_bits or inverted != marked or (inverted and (mark != mask or bool(source))),
     }
 
 
