@@ -103,7 +103,9 @@ def test_reboot_brings_the_mesh_back_before_pods_start(lab):
     assert after["device"]["addresses"] == before["device"]["addresses"]
     assert after["sending"]
     log = lab.exec("node-3", ["cat", "/var/log/kubelet-start.log"]).stdout
-    last = (log.decode() if isinstance(log, bytes) else log).split("=== ")[-1]
+    text = log.decode() if isinstance(log, bytes) else log
+    # A boot is noted between a line that begins with "===" and "=== end".
+    last = text.rpartition("=== end")[0].rpartition("=== ")[2]
     assert "wgmesh0" in last and "lookup 51840" in last, last
     time.sleep(2)
     playbook(lab, "status")
