@@ -337,6 +337,8 @@ def device_with(kernel, *names):
     return netlink.NetlinkClient(kernel.make_socket)
 
 
+# WGALLOWEDIP_A_FLAGS with WGALLOWEDIP_F_REMOVE_ME
+REMOVE_FLAG = struct.pack("=HHI", 8, 4, 1)
 REMOVAL = {"op": "remove_allowed_ips", "public_key": ONE, "allowed_ips": ["10.3.0.0/24", "10.3.2.0/24"]}
 
 
@@ -355,8 +357,11 @@ def test_single_allowed_ips_are_taken_away(removal, messages):
     assert len(state["peers"][THREE]["allowed_ips"]) == 3
     done = [message for message in kernel.sent if removal != "refused" or flags_of(message) != [netlink.WGPEER_F_UPDATE_ONLY]]
     assert len(done) == messages
-    # the throw-away peer comes and goes in one message
-    if removal != "yes":
+    if removal == "yes":
+        assert [flags_of(message) for message in kernel.sent] == [[netlink.WGPEER_F_UPDATE_ONLY]] * 2
+        assert all(REMOVE_FLAG in message for message in kernel.sent)
+    else:
+        # the throw-away peer comes and goes in one message
         ((dummy, peers),) = [item for item in wg_fakes.tree(kernel.sent[-1])[1] if item[0] == netlink.WGDEVICE_A_PEERS]
         assert [dict(peer)[netlink.WGPEER_A_PUBLIC_KEY] for peer in peers] == [dict(peers[0])[netlink.WGPEER_A_PUBLIC_KEY]] * 2
         assert flags_of(kernel.sent[-1]) == [0, netlink.WGPEER_F_REMOVE_ME]
@@ -539,7 +544,7 @@ def test_a_recorded_refusal_of_the_removal_flag():
     client = device_with(kernel, "one")
     real = kernel.request
     kernel.request = lambda protocol, data: [reply[:8] + data[8:12] + reply[12:]] if (
-        data[16] == 1 and struct.pack("=HHI", 8, 4, 1) in data) else real(protocol, data)
+        data[16] == 1 and REMOVE_FLAG in data) else real(protocol, data)
     client.apply("wg0", [REMOVAL])
     assert client.read("wg0")["peers"][ONE]["allowed_ips"] == ["10.3.1.0/24"]
 
