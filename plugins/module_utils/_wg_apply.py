@@ -35,6 +35,8 @@ it, whatever answers:
 
 Elsewhere the allowed IPs are moved to a throw-away peer, which then is removed, both within one message, so that nothing of it is left
 behind if this process dies. Its key is random and it has no endpoint, so it can neither send nor be reached.
+What is left of a gap: a prefix that goes while a wider one of the same peer stays meets the throw-away peer for as long as the device takes
+from one entry of a message to the next, and a packet in that instant is dropped. Nothing else is touched.
 """
 
 from __future__ import annotations

@@ -165,6 +165,19 @@ def with_flags(message, change, new_peers=True):
     return wg_fakes.flatten((header, device))
 
 
+@pytest.mark.parametrize(("name", "step"), [
+    ("append", {"op": "add_allowed_ips", "public_key": ONE, "allowed_ips": ["10.0.3.0/24"]}),
+    ("remove_flag", {"op": "remove_allowed_ips", "public_key": ONE, "allowed_ips": ["10.0.2.0/24"]}),
+    ("update_only_absent", {"op": "add_allowed_ips", "public_key": THREE, "allowed_ips": ["10.0.9.0/24"]}),
+    ("remove_absent", {"op": "remove_peer", "public_key": THREE}),
+])
+def test_the_answers_we_count_on_were_recorded_for_what_we_send(name, step):
+    theirs = bytes.fromhex(KERNEL_CASES[name]["request"])
+    ((ours, dummy),) = netlink.set_peers_messages(FAMILY, "rec4", [entry_of(step)], 1)
+    # the header: the recorder asked for the same acknowledgement
+    assert without_sequence(ours.finish()) == without_sequence(theirs)
+
+
 def test_flatten_is_the_inverse_of_tree():
     for case in SET["cases"]:
         for message in (bytes.fromhex(text) for text in case["requests"][1:]):
