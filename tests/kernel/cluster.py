@@ -33,6 +33,8 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x00020000, 0x04000000, 0x40000000  # 
 MS_REC, MS_PRIVATE = 0x4000, 0x40000  # linux/mount.h
 SOL_PACKET, PACKET_IGNORE_OUTGOING, ETH_P_ALL = 263, 23, 3  # linux/if_packet.h, if_ether.h
 SOL_RAW, ICMP_FILTER, ICMP6_FILTER = 255, 1, 1
+# /etc as it was at the first boot: what nodes start with, also where the machine itself is a node with files of the mesh
+PRISTINE_ETC = "/var/lib/kubemesh-vm/etc"
 RATE = 20  # packets per second and flow
 LATE = 3.0  # seconds without an answer until those that are missing are lost
 MARKER = b"kubemesh-plaintext-"
@@ -59,7 +61,7 @@ def setns(path, kind):
 
 def sh(*argv, data=None, check=True, namespace=None):
     """Run a command of this machine (or, with namespace, inside a Node or Net); its stdout. Raises RuntimeError with what it said."""
-    done = subprocess.run(argv, input=data, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+    done = subprocess.run(argv, input=data, text=True, capture_output=True, check=False,
                           preexec_fn=namespace.enter if namespace else None)
     if check and done.returncode:
         raise RuntimeError("%s%s ended with %d: %s" % (namespace.name + ": " if namespace else "", " ".join(argv), done.returncode,
@@ -94,9 +96,17 @@ class Net:
         """function(*args) in a child inside the namespace; what it returned (JSON), or RuntimeError with its traceback."""
         return collect(spawn(self, function, *args))
 
-    def ip(self, lines):
-        """Run lines with `ip -batch`."""
-        sh("ip", "-n", self.name, "-batch", "-", data="\n".join(lines) + "\n")
+    def ip(self, lines, *options):
+        """Run lines with `ip -batch`; options: -6 for routes whose family cannot be told from the text (default)."""
+        if lines:
+            sh("ip", *options, "-batch", "-", data="\n".join(lines) + "\n", namespace=self)
+
+    def veth(self, name, other, other_name):
+        """A pair of devices, one here and one in another namespace."""
+        sh(*("ip link add %s%s type veth peer name %s%s" % (name, self.in_netns(), other_name, other.in_netns())).split())
+
+    def in_netns(self):
+        return " netns " + self.name
 
     def socket(self, *args):
         """A socket made in this namespace, for the process that calls (single-threaded)."""
@@ -121,6 +131,18 @@ class Scratch(Net):
 
     def __exit__(self, *dummy):
         sh("ip", "netns", "del", self.name)
+
+
+class Here:
+    """The namespace this process is in."""
+
+    name = "here"
+
+    def enter(self):
+        pass
+
+    def sh(self, *argv, data=None, check=True):
+        return sh(*argv, data=data, check=check)
 
 
 class Node(Net):
@@ -150,8 +172,8 @@ class Node(Net):
                 _check(_libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount / private")
                 socket.sethostname(self.node_name)
                 for argv in (["mount", "-t", "tmpfs", "tmpfs", "/run"], ["mkdir", "-p", "/run/.etc/upper", "/run/.etc/work"],
-                             ["mount", "-t", "overlay", "overlay", "-o", "lowerdir=/etc,upperdir=/run/.etc/upper,workdir=/run/.etc/work",
-                              "/etc"],
+                             ["mount", "-t", "overlay", "overlay", "-o",
+                              "lowerdir=%s,upperdir=/run/.etc/upper,workdir=/run/.etc/work" % PRISTINE_ETC, "/etc"],
                              ["mount", "-t", "sysfs", "sysfs", "/sys"]):
                     subprocess.run(argv, check=True)
                 os.write(tell, b"1")
@@ -172,6 +194,7 @@ class Node(Net):
             os.close(ready)
 
     def stop(self):
+        """End the process of start(); the namespaces go with it."""
         if self.holder:
             os.write(self._keep, b"x")
             os.close(self._keep)
@@ -180,6 +203,9 @@ class Node(Net):
 
     def enter(self):
         """For a forked child only."""
+        if self.holder is None:  # not started yet: its network is all there is
+            setns(self.netns, CLONE_NEWNET)
+            return
         setns("/proc/%d/ns/uts" % self.holder, CLONE_NEWUTS)
         setns(self.netns, CLONE_NEWNET)
         setns("/proc/%d/ns/mnt" % self.holder, CLONE_NEWNS)
@@ -283,20 +309,48 @@ def end_module(started, allow_failure=False):
     return result
 
 
-class Cluster:
-    """Nodes worker-1 ... worker-N. As a context manager it takes everything away again."""
+class Machine(Node):
+    """The machine itself as a node: its own files, systemd, and the bridges `underlay` and `cni0`, which somebody else makes at boot."""
 
-    def __init__(self, nodes=3, pods=1, prefix="km", strict_rp_filter=True):
+    def __init__(self, name, number, pods):
+        super().__init__(name, "machine", number, pods)
+
+    def start(self):
+        pass
+
+    def enter(self):
+        pass
+
+    def path(self, name):
+        return name
+
+    def socket(self, *args):
+        return socket.socket(*args)
+
+    def in_netns(self):
+        return ""
+
+
+class Cluster:
+    """Nodes worker-1 ... worker-N. As a context manager it takes everything away again.
+
+    machine: the first node is the machine itself, and its bridge `underlay` is the underlay.
+    """
+
+    def __init__(self, nodes=3, pods=1, prefix="km", strict_rp_filter=True, machine=False):
         self.prefix = prefix
-        self.wire = Net(prefix + "wire")
+        self.machine = machine
         self.nodes = []
-        sh("ip", "-batch", "-", data="netns add %s\n" % self.wire.name)
         for number in range(1, nodes + 1):
             netns = "%sn%d" % (prefix, number)
             locals_ = [Net("%sp%dx%d" % (prefix, number, index), {"ipv4": "10.244.%d.%d" % (number, 10 + index),
                                                                 "ipv6": "fd00:10:244:%d::%x" % (number, 10 + index)})
                        for index in range(pods)]
-            self.nodes.append(Node("worker-%d" % number, netns, number, locals_))
+            if machine and number == 1:
+                self.nodes.append(Machine("worker-1", number, locals_))
+            else:
+                self.nodes.append(Node("worker-%d" % number, netns, number, locals_))
+        self.wire = self.nodes[0] if machine else Net(prefix + "wire")
         self.strict = strict_rp_filter
         try:
             self._build()
@@ -304,50 +358,53 @@ class Cluster:
             self.close()
             raise
 
+    def _made(self):
+        """The namespaces that this cluster makes and takes away."""
+        nets = [pod for node in self.nodes for pod in node.pods] + self.nodes + [self.wire]
+        return [net for net in nets if not isinstance(net, Machine)]
+
     def _build(self):
-        namespaces = [pod for node in self.nodes for pod in node.pods] + self.nodes
-        sh("ip", "-batch", "-", data="".join("netns add %s\n" % net.name for net in namespaces))
-        self.wire.ip(["link set lo up", "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0", "link set br0 up"])
-        for net in [self.wire] + namespaces:
-            node = net in self.nodes
+        sh("ip", "-batch", "-", data="".join("netns add %s\n" % net.name for net in self._made()))
+        if not self.machine:
+            self.wire.ip(["link set lo up", "link add underlay type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+                          "link set underlay up"])
+        for net in self._made():
             values = {"net/ipv6/conf/all/accept_dad": "0", "net/ipv6/conf/default/accept_dad": "0",
                       "net/ipv6/conf/default/router_solicitations": "0"}
             if net is self.wire:
                 values["net/ipv6/conf/all/disable_ipv6"] = "1"
-            if node:
+            if net in self.nodes:
                 values.update({"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"})
                 if self.strict:
                     # what many distributions and hardening guides set; the modules must cope with it
                     values.update({"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/default/rp_filter": "1"})
             collect(spawn(Net(net.name), _write_sysctls, values))
         for node in self.nodes:
-            sh("ip", "-batch", "-", data="link add eth0 netns %s type veth peer name n%d netns %s\n"
-               % (node.name, node.number, self.wire.name) + "".join(
-                   "link add eth0 netns %s type veth peer name pod%d netns %s\n" % (pod.name, index, node.name)
-                   for index, pod in enumerate(node.pods)))
-            self.wire.ip(["link set n%d master br0 up" % node.number])
-            v4, v6 = node.addresses["ipv4"], node.addresses["ipv6"]
-            lines = ["link set lo up", "link set eth0 up", "addr add %s/24 dev eth0" % v4, "addr add %s/64 dev eth0 nodad" % v6,
-                     "link add cni0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0", "link set cni0 up",
-                     "addr add 10.244.%d.1/24 dev cni0" % node.number, "addr add fd00:10:244:%d::1/64 dev cni0 nodad" % node.number]
-            lines += ["link set pod%d master cni0 up" % index for index in range(len(node.pods))]
-            for other in self.nodes:
-                if other is not node:
-                    lines += ["route add %s via %s" % (other.pod_cidrs[0], other.addresses["ipv4"]),
-                              "-6 route add %s via %s" % (other.pod_cidrs[1], other.addresses["ipv6"])]
-            node.ip([line for line in lines if not line.startswith("-6")])
-            sh("ip", "-6", "-n", node.name, "-batch", "-", data="".join(line[3:] + "\n" for line in lines if line.startswith("-6")))
-            for pod in node.pods:
+            if not isinstance(node, Machine):
+                self._build_node(node)
+            for index, pod in enumerate(node.pods):
+                pod.veth("eth0", node, "pod%d" % index)
+                node.ip(["link set pod%d master cni0 up" % index])
                 pod.ip(["link set lo up", "link set eth0 up", "addr add %s/24 dev eth0" % pod.addresses["ipv4"],
                         "addr add %s/64 dev eth0 nodad" % pod.addresses["ipv6"], "route add default via 10.244.%d.1" % node.number])
-                sh("ip", "-6", "-n", pod.name, "route", "add", "default", "via", "fd00:10:244:%d::1" % node.number)
+                pod.ip(["route add default via fd00:10:244:%d::1" % node.number], "-6")
             node.start()
+
+    def _build_node(self, node):
+        node.veth("eth0", self.wire, "n%d" % node.number)
+        self.wire.ip(["link set n%d master underlay up" % node.number])
+        others = [other for other in self.nodes if other is not node]
+        node.ip(["link set lo up", "link set eth0 up", "addr add %s/24 dev eth0" % node.addresses["ipv4"],
+                 "addr add %s/64 dev eth0 nodad" % node.addresses["ipv6"],
+                 "link add cni0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0", "link set cni0 up",
+                 "addr add 10.244.%d.1/24 dev cni0" % node.number, "addr add fd00:10:244:%d::1/64 dev cni0 nodad" % node.number]
+                + ["route add %s via %s" % (other.pod_cidrs[0], other.addresses["ipv4"]) for other in others])
+        node.ip(["route add %s via %s" % (other.pod_cidrs[1], other.addresses["ipv6"]) for other in others], "-6")
 
     def close(self):
         for node in self.nodes:
             node.stop()
-        nets = [self.wire] + self.nodes + [pod for node in self.nodes for pod in node.pods]
-        sh("ip", "-force", "-batch", "-", data="".join("netns del %s\n" % net.name for net in nets), check=False)
+        sh("ip", "-force", "-batch", "-", data="".join("netns del %s\n" % net.name for net in self._made()), check=False)
 
     def __enter__(self):
         return self
@@ -426,15 +483,16 @@ class Cluster:
                     for kind in kinds:
                         left, right = kind.split("-")
                         source, target = ends[left][0], ends[right][1]
-                        flows.append(("%s %s>%s %s" % (kind, a.node_name, b.node_name, family), Net(source.name),
+                        flows.append(("%s %s>%s %s" % (kind, a.node_name, b.node_name, family), source,
                                       None if left == "host" else source.addresses[family], target.addresses[family]))
         return flows
 
     def pinger(self, kinds=("pod-pod", "host-pod", "pod-host"), rate=RATE):
         return Background(_ping_loop, self.flows(kinds), rate)
 
-    def sniffer(self):
-        return Background(_sniff_loop, self.wire)
+    def sniffer(self, port=None):
+        """port: only that port of the underlay's bridge."""
+        return Background(_sniff_loop, self.wire, port)
 
 
 def _write_sysctls(values):
@@ -578,9 +636,11 @@ def _ping_receive(one):
             one["late"] = max(one["late"], time.monotonic() - one["sent"][seq])
 
 
-def _sniff_loop(stop, wire):
+def _sniff_loop(stop, wire, port):
     """Look for the marker in every frame on the underlay: {"plain": {flow index: [count, first, last]}, "wireguard": count, ...}."""
     sock = wire.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+    if port:
+        sock.bind((port, ETH_P_ALL))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
     sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)  # a bridge shows each frame once more on its way out
     sock.setblocking(False)
@@ -614,7 +674,9 @@ def _sniff_loop(stop, wire):
 
 
 def preload(names):
-    """Import modules here so that their forks need not."""
+    """What makes all that follows possible or quick: a copy of /etc, and modules imported here so that their forks need not."""
+    if not os.path.isdir(PRISTINE_ETC):
+        sh("cp", "-a", "/etc", PRISTINE_ETC)
     from ansible.module_utils import basic, testing  # noqa: F401
 
     for name in names:

@@ -12,32 +12,33 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 COLLECTION = HERE.parent.parent
 GUEST_PYTHON = (3, 11)  # of Debian bookworm
-# Cases that need systemd and a reboot run in a machine of their own; all others in the quick one.
-SYSTEMD_BOOTS = {"1": ["persistence_before"], "2": ["persistence_after"]}
+# The cases of this file need systemd and reboots and get a machine of their own; case_2_x runs after the first reboot. All other cases
+# run in the machine that boots quickly.
+SYSTEMD_FILE = "persistence"
 
 
-def case_files():
-    names = sorted(path.stem for path in (HERE / "cases").glob("*.py") if path.stem != "__init__")
-    apart = {name for boot in SYSTEMD_BOOTS.values() for name in boot}
-    return {"1": [name for name in names if name not in apart]}, {
-        boot: [name for name in files if name in names] for boot, files in SYSTEMD_BOOTS.items()}
+def case_names():
+    """({"1": ["file::case_x"]}, {boot: ["persistence::case_1_x"]}) of the two machines, without importing the cases."""
+    quick, boots = [], {}
+    for path in sorted((HERE / "cases").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for item in tree.body:
+            if isinstance(item, ast.FunctionDef) and item.name.startswith("case_"):
+                name = "%s::%s" % (path.stem, item.name)
+                if path.stem == SYSTEMD_FILE:
+                    boots.setdefault(item.name.split("_")[1], []).append(name)
+                else:
+                    quick.append(name)
+    return {"1": quick}, boots
 
 
-def case_names(files):
-    """["file::case_x"] of case files, without importing them."""
-    found = []
-    for name in files:
-        tree = ast.parse((HERE / "cases" / (name + ".py")).read_text(encoding="utf-8"))
-        found += ["%s::%s" % (name, item.name) for item in tree.body if isinstance(item, ast.FunctionDef) and item.name.startswith("case_")]
-    return found
-
-
-def build(folder, boots, only=None):
-    """Fill folder. boots: {"1": [case file], ...}; only: parts of case names."""
+def build(folder, boots, seconds):
+    """Fill folder. boots: {number of the boot, from "1": ["file::case_x", ...]}; seconds: after that the machine has to be done."""
     folder = pathlib.Path(folder)
     spec = importlib.util.find_spec("ansible")
     if spec is None or not spec.submodule_search_locations:
@@ -59,7 +60,8 @@ def build(folder, boots, only=None):
     shutil.copytree(HERE / "cases", folder / "cases", ignore=skip)
     modules = sorted(path.stem for path in (COLLECTION / "plugins" / "modules").glob("*.py") if path.stem in (
         "keypair", "interface", "routes", "probe"))
-    (folder / "plan.json").write_text(json.dumps({"boots": boots, "modules": modules, "only": only}))
+    (folder / "plan.json").write_text(json.dumps(
+        {"boots": boots, "modules": modules, "deadline": time.time() + seconds}))
     (folder / "run.sh").write_text("#!/bin/sh\nexec python3 /payload/main.py\n")
     (folder / "run.sh").chmod(0o755)
     if sys.version_info[:2] == GUEST_PYTHON:

@@ -206,8 +206,8 @@ def guest(results):
     keys = {name: test_key(name) for name in ("one", "two", "three", "four")}
 
     def write(name, about, cases):
-        text = json.dumps({"about": about, "kernel": kernel, "wg": tool, "family": netlink.family, "cases": cases}, indent=1, sort_keys=True)
-        (results / name).write_text(text + "\n")
+        content = {"about": about, "kernel": kernel, "wg": tool, "family": netlink.family, "cases": cases}
+        (results / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
     def device(name):
         sh("ip", "link", "add", name, "type", "wireguard")
@@ -245,7 +245,8 @@ def guest(results):
     sh("wg", "setconf", name, "/dev/stdin", input="\n".join(config) + "\n")
     public = sh("wg", "show", name, "public-key").strip()
     shape = {"listen_port": 51840, "fwmark": 0x1000, "public_key": public, "peers": three}
-    record_get("three_peers", "IPv4, IPv6 and no endpoint; a preshared key; keepalive; a peer without allowed IPs; device down", name, shape)
+    record_get("three_peers", "IPv4, IPv6 and no endpoint; a preshared key; keepalive; a peer without allowed IPs; device down", name,
+               shape)
 
     name = device("rec1")
     addresses = ["10.%d.%d.0/24" % (i // 256, i % 256) for i in range(500)] + ["fd00:0:0:%x::/64" % i for i in range(100)]
@@ -309,7 +310,8 @@ def guest(results):
     record_wg("setconf", "setconf: replace everything", ["wg", "setconf", name, "/dev/stdin"], "\n".join(
         ["[Interface]", "PrivateKey = " + b64(test_key("private")), "ListenPort = 51840", "[Peer]", "PublicKey = " + one,
          "AllowedIPs = 10.244.1.0/24", "[Peer]", "PublicKey = " + two, "AllowedIPs = 10.244.2.0/24"]) + "\n")
-    record_wg("addconf_split", "a peer with 1,500 allowed IPs, which the tool splits over several messages", ["wg", "addconf", name, "/dev/stdin"],
+    record_wg("addconf_split", "a peer with 1,500 allowed IPs, which the tool splits over several messages",
+              ["wg", "addconf", name, "/dev/stdin"],
               "\n".join(["[Peer]", "PublicKey = " + b64(keys["three"]),
                          "AllowedIPs = " + ", ".join("10.%d.%d.0/24" % (i // 256, i % 256) for i in range(1500))]) + "\n")
     write("set_device.json", "WG_CMD_SET_DEVICE messages of the wg tool, taken with strace (each sent datagram, each answer)", cases)
@@ -328,8 +330,8 @@ def guest(results):
     one, two, three = keys["one"], keys["two"], keys["three"]
     try_set("add", "a peer with three allowed IPs", nest(DEV_PEERS, peer(one, nest(
         PEER_ALLOWED_IPS, allowed_ip("10.0.1.0/24"), allowed_ip("10.0.2.0/24"), allowed_ip("fd00:1::/64")))))
-    try_set("append", "an allowed IP is appended when no replace flag is given", nest(DEV_PEERS, peer(one, u32(PEER_FLAGS, F_UPDATE_ONLY), nest(
-        PEER_ALLOWED_IPS, allowed_ip("10.0.3.0/24")))))
+    try_set("append", "an allowed IP is appended when no replace flag is given", nest(DEV_PEERS, peer(
+        one, u32(PEER_FLAGS, F_UPDATE_ONLY), nest(PEER_ALLOWED_IPS, allowed_ip("10.0.3.0/24")))))
     try_set("host_bits", "an allowed IP with host bits set is masked", nest(DEV_PEERS, peer(one, nest(
         PEER_ALLOWED_IPS, allowed_ip("10.0.4.7/24")))))
     try_set("move", "an allowed IP that is given to another peer moves", nest(DEV_PEERS, peer(two, nest(
@@ -353,8 +355,8 @@ def guest(results):
         three, u32(PEER_FLAGS, F_UPDATE_ONLY), nest(PEER_ALLOWED_IPS, allowed_ip("10.0.9.0/24")))))
     try_set("remove_absent", "REMOVE_ME of a peer that is not there", nest(DEV_PEERS, peer(three, u32(PEER_FLAGS, F_REMOVE_ME))))
     try_set("unknown_peer_flag", "a peer flag nobody defined", nest(DEV_PEERS, peer(one, u32(PEER_FLAGS, 0x80))))
-    try_set("replace_one", "REPLACE_ALLOWEDIPS on one peer leaves the others", nest(DEV_PEERS, peer(one, u32(PEER_FLAGS, F_REPLACE_ALLOWED_IPS), nest(
-        PEER_ALLOWED_IPS, allowed_ip("10.0.1.0/24")))))
+    try_set("replace_one", "REPLACE_ALLOWEDIPS on one peer leaves the others", nest(DEV_PEERS, peer(
+        one, u32(PEER_FLAGS, F_REPLACE_ALLOWED_IPS), nest(PEER_ALLOWED_IPS, allowed_ip("10.0.1.0/24")))))
     try_set("bad_mask", "an IPv4 allowed IP with mask 33", nest(DEV_PEERS, peer(two, nest(
         PEER_ALLOWED_IPS, allowed_ip("10.0.10.0/24"), nest(0, u16(IP_FAMILY, socket.AF_INET), attr(IP_ADDR, bytes(4)), u8(IP_MASK, 33))))))
     try_set("link_local", "a link-local allowed IP", nest(DEV_PEERS, peer(two, nest(PEER_ALLOWED_IPS, allowed_ip("fe80::1/128")))))
@@ -367,8 +369,9 @@ def guest(results):
     try_set("peer_key_short", "a public key of 31 bytes", nest(DEV_PEERS, nest(0, attr(PEER_KEY, two[:31]))))
     name = "nosuchdev"
     request, replies = netlink.set(name)
+    result = error_of(replies[-1])
     cases.append({"name": "no_device", "about": "SET_DEVICE of a device that does not exist", "request": request.hex(),
-                  "replies": [r.hex() for r in replies], "error": error_of(replies[-1])[0], "ext_ack": error_of(replies[-1])[1], "after": {}})
+                  "replies": [r.hex() for r in replies], "error": result[0], "ext_ack": result[1], "after": {}})
     write("kernel.json", "how this kernel answers single WG_CMD_SET_DEVICE messages, and the allowed IPs afterwards", cases)
 
 
@@ -401,8 +404,8 @@ def record_session(netlink, cases):
             request, replies = inner.get("sessa")
             shown = sh("wg", "show", "sessa", "latest-handshakes").split()[1], sh("wg", "show", "sessa", "transfer").split()[1:]
             pathlib.Path("/tmp/session.json").write_text(json.dumps({
-                "name": "session", "about": "up, after a handshake and three pings; handshake and transfer as wg shows them (the client must "
-                "say the same)", "request": request.hex(), "replies": [r.hex() for r in replies],
+                "name": "session", "about": "up, after a handshake and three pings; handshake and transfer as wg shows them (the client "
+                "must say the same)", "request": request.hex(), "replies": [r.hex() for r in replies],
                 "device": {"public_key": public["a"], "listen_port": 51840, "fwmark": 0, "last_handshake_seconds": int(shown[0]),
                            "rx_bytes": int(shown[1][0]), "tx_bytes": int(shown[1][1]), "peers": {public["b"]: {
                                "endpoint": "198.18.0.2:51840", "keepalive": 0, "has_preshared_key": False,

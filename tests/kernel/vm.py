@@ -362,8 +362,8 @@ def run(payload, results=None, systemd=False, reboots=0, timeout=300.0, quiet=Fa
         if not systemd:
             cmdline += " kminit=/usr/local/lib/kubemesh-vm/init"
         argv = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m", str(memory_mb), "-display", "none",
-                "-monitor", "none", "-serial", "stdio", "-nic", "none", "-kernel", str(image / "vmlinuz"), "-initrd", str(scratch / "initrd"),
-                "-append", cmdline,
+                "-monitor", "none", "-serial", "stdio", "-nic", "none",
+                "-kernel", str(image / "vmlinuz"), "-initrd", str(scratch / "initrd"), "-append", cmdline,
                 # cache=unsafe: nobody needs this disk after the run
                 "-drive", "file=%s,if=virtio,format=raw,snapshot=on,cache=unsafe" % (image / "root.img"),
                 "-drive", "file=%s,if=virtio,format=raw,readonly=on" % (scratch / "payload.img"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 import cluster
+
 from cases.modules import name_of, prepared
 
 # Seconds after the last switch until packets that were on their way in clear have arrived

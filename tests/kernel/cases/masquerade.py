@@ -17,6 +17,7 @@ import struct
 import time
 
 import cluster
+
 from cases.modules import accepted, name_of
 
 BACKEND_PORT = 8080
@@ -61,7 +62,7 @@ def _echo_server(stop, pod):
     while True:
         for key, dummy in poll.select():
             if key.data == "stop":
-                return None
+                return
             try:
                 if key.data == "listen":
                     new, dummy2 = key.fileobj.accept()
@@ -158,15 +159,15 @@ class Traffic:
         a.sh("nft", "-f", "-", data=nat_rules(a, b))
         self.client = cluster.Net(lab.prefix + "client", {"ipv4": "198.18.0.100", "ipv6": "2001:db8::100"})
         cluster.sh("ip", "netns", "add", self.client.name)
-        cluster.sh("ip", "link", "add", "eth0", "netns", self.client.name, "type", "veth", "peer", "name", "client", "netns", lab.wire.name)
-        lab.wire.ip(["link set client master br0 up"])
+        self.client.veth("eth0", lab.wire, "client")
+        lab.wire.ip(["link set client master underlay up"])
         self.client.ip(["link set lo up", "link set eth0 up", "addr add 198.18.0.100/24 dev eth0",
                         "addr add 2001:db8::100/64 dev eth0 nodad"])
         connections = [("%s %s %s %d" % (protocol, family, NODE_PORTS[port], number), protocol, a.addresses[family], port)
                        for protocol in ("udp", "tcp") for family in ("ipv4", "ipv6") for port in NODE_PORTS for number in range(EACH)]
-        flows = [("pod-host masqueraded %s" % family, cluster.Net(a.pods[0].name), a.pods[0].addresses[family], b.addresses[family])
+        flows = [("pod-host masqueraded %s" % family, a.pods[0], a.pods[0].addresses[family], b.addresses[family])
                  for family in ("ipv4", "ipv6")]
-        self.server = cluster.Background(_echo_server, cluster.Net(b.pods[0].name))
+        self.server = cluster.Background(_echo_server, b.pods[0])
         time.sleep(0.3)
         self.load = cluster.Background(_client, self.client, connections)
         self.pings = cluster.Background(cluster._ping_loop, flows, RATE)

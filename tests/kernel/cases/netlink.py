@@ -266,7 +266,8 @@ def _strace():
               "netlink.converge(want)\n"
               "netlink.converge(netlink.wanted({netlink.key('one'): netlink.peer('10.0.1.0/24')}))\n")
     trace = "/tmp/kernel-strace"
-    cluster.sh("strace", "-f", "--seccomp-bpf", "-o", trace, "-e", "trace=execve", "-s", "4096", "-v", "python3", "-c", "import sys; sys.path.insert(0, '/payload')\n" + script)
+    cluster.sh("strace", "-f", "--seccomp-bpf", "-o", trace, "-e", "trace=execve", "-s", "4096", "-v", "python3", "-c",
+               "import sys; sys.path.insert(0, '/payload')\n" + script)
     with open(trace, encoding="utf-8", errors="replace") as handle:
         text = handle.read()
     commands = [line for line in text.splitlines() if "execve(" in line]
