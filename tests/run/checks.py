@@ -218,7 +218,8 @@ def ansible_lint(context):
 @check("unit", timeout=600, name="unit-core-2.19")
 def unit_core_2_19(context):
     """Unit tests of everything, ansible-core 2.19 on Python 3.11."""
-    return pytest(context, "tests/unit", pythonpath=[tree(context).parents[2]])
+    others = prepare.other_collections(tool(context, "python"))
+    return pytest(context, "tests/unit", pythonpath=[tree(context).parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others})
 
 
 def ansible_test(context, venv, *arguments):

@@ -513,7 +513,7 @@ def playbook(tmp_path):
         env = dict(os.environ, ANSIBLE_COLLECTIONS_PATH=os.pathsep.join(paths), ANSIBLE_LOCAL_TEMP=str(tmp_path / "local"),
                    ANSIBLE_REMOTE_TEMP=str(tmp_path / "remote"), ANSIBLE_NOCOLOR="1", ANSIBLE_DEPRECATION_WARNINGS="0", LC_ALL="C.UTF-8",
                    ANSIBLE_PYTHON_INTERPRETER=sys.executable, **environ)
-        done = subprocess.run([sys.executable, "-m", "ansible", "playbook", "-i", str(tmp_path / "inventory.json"), *options,
+        done = subprocess.run([sys.executable, "-m", "ansible.cli.playbook", "-i", str(tmp_path / "inventory.json"), *options,
                                str(tmp_path / "play.yml")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               stdin=subprocess.DEVNULL, cwd=str(tmp_path), check=False)
         return done.returncode, done.stdout
