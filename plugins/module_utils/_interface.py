@@ -129,7 +129,7 @@ def plan_present(system, wanted, host, current, check_mode):
     paths = _persist.paths_of(interface)
     last_text = read_text(paths["wg_quick"]) or read_text(paths["setconf"]) or ""
     device = {
-        "public_key": own_public_key(system, wanted["private_key_file"], check_mode),
+        "public_key": own_public_key(system, wanted, check_mode),
         "private_key_file": wanted["private_key_file"],
         "listen_port": wanted["listen_port"],
         "fwmark": wanted["fwmark"],
@@ -155,16 +155,22 @@ def plan_present(system, wanted, host, current, check_mode):
     }
 
 
-def own_public_key(system, path, check_mode):
-    """Public key of the key file; None in check mode where the file is still to be made."""
+def own_public_key(system, wanted, check_mode):
+    """Public key of the key file, which must be the one that the peers know; in check mode the file may be still to be made."""
+    path = wanted["private_key_file"]
     if check_mode and read_text(path) is None:
-        return None
+        return wanted["public_key"]
     private = read_private_key(path)
     try:
-        return public_key_of(bytes(private), system.module.run_command, system.path("wg"))
+        found = public_key_of(bytes(private), system.module.run_command, system.path("wg"))
     finally:
         for place in range(len(private)):
             private[place] = 0
+    if found != wanted["public_key"]:
+        raise MeshError(
+            "private_key_file: %s has the public key %s, but the mesh document says %s, which is what the peers accept from; run the "
+            "exchange of keys again (playbook kubemesh.wireguard.enable)" % (path, found, wanted["public_key"]))
+    return found
 
 
 def apply_present(system, wanted, plan):

@@ -161,6 +161,7 @@ def wanted_device(params, doc, implementation, command, persistence, ipv6):
         "userspace_command": command,
         "persistence": persistence,
         "private_key_file": params["private_key_file"] or "/etc/wireguard/%s.key" % params["name"],
+        "public_key": node_entry(doc, name)["public_keys"].get(generation),
         "listen_port": params["listen_port"] or doc["ports"][generation],
         "fwmark": params["fwmark"],
         "mtu": params["mtu"] or mesh_mtu(doc, name) or _link_plan.MTU_DEFAULT,
