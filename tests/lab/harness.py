@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import lab as labs  # noqa: E402
-import traffic  # noqa: E402
+import lab as labs
+import traffic
 
 # Seconds that the wire is looked at: ten markers a second and flow.
 LOOK = 3
@@ -34,10 +34,12 @@ class Run:
         return {host: counts["changed"] for host, counts in self.recap.items()}
 
 
-def playbook(lab, name, *args, rc=0, source="inventory", env=None, timeout=600):
+def playbook(lab, name, *args, rc=0, source="inventory", preflight=True, env=None, timeout=600):
     """Run a playbook of the collection (or a file); its exit code must be ``rc``."""
     what = name if "/" in name else "kubemesh.wireguard.%s" % name
     extra = ["-e", "mesh_nodes_source=%s" % source] if source and name == "enable" else []
+    if name == "enable" and not preflight:
+        extra += ["-e", "mesh_preflight=false"]
     run = Run(lab.ansible_playbook([what, *extra, *args], env=env, timeout=timeout))
     assert run.rc == rc, "%s %s ended with %s, not %s:\n%s" % (what, " ".join(args), run.rc, rc, run.text[-6000:])
     return run
@@ -110,12 +112,14 @@ def traces(lab, node):
     script = r"""
 cd /
 echo "## files"; find /etc /run/kubemesh /usr/local /var/lib /root -xdev \( -path /etc/ssh -o -path '*/systemd/timers' \
-  -o -path '/root/.ansible*' -o -path '*/__pycache__*' \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null | sort -z | xargs -0r sha256sum 2>/dev/null
+  -o -path '/root/.ansible*' -o -path '*/__pycache__*' \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null \
+  | sort -z | xargs -0r sha256sum 2>/dev/null
 echo "## folders"; find /etc -xdev -type d | sort
 echo "## links"; ip -o link | sed 's/^[0-9]*: //; s/ \(mtu\|qlen\) .*//' | sort
 echo "## addresses"; ip -o addr | awk '{print $2, $4}' | sort
 echo "## rules"; ip rule; ip -6 rule
-echo "## routes"; for t in main 51840 51841; do ip route show table $t 2>/dev/null; ip -6 route show table $t 2>/dev/null; done | sed 's/ expires [0-9]*sec//' | sort
+echo "## routes"; for t in main 51840 51841; do ip route show table $t 2>/dev/null; ip -6 route show table $t 2>/dev/null; done \
+  | sed 's/ expires [0-9]*sec//' | sort
 echo "## sysctls"; sysctl -a 2>/dev/null | grep -E 'rp_filter|src_valid_mark|forwarding|addr_gen_mode|disable_ipv6' | sort
 echo "## nft"; nft list ruleset 2>/dev/null | grep -v counter
 echo "## units"; systemctl list-unit-files --no-legend --no-pager | sort
@@ -139,22 +143,33 @@ def differences(before, after):
     return found
 
 
-def info(lab, node):
-    """Result of `mesh_info` on a node, by a playbook of its own."""
-    play = lab.state / "info.yml"
+def infos(lab):
+    """{node: result of `mesh_info`} of all nodes, by a playbook of its own."""
+    play, folder = lab.state / "info.yml", lab.state / "info"
+    folder.mkdir(exist_ok=True)
     play.write_text(json.dumps([{
-        "hosts": node, "gather_facts": False, "become": True, "tasks": [
-            {"kubemesh.wireguard.mesh_info": {"node": node}, "register": "info"},
-            {"ansible.builtin.copy": {"content": "{{ info | to_json }}", "dest": str(lab.state / "info.json")},
+        "hosts": "k8s_cluster", "gather_facts": False, "become": True, "tasks": [
+            {"kubemesh.wireguard.mesh_info": {"node": "{{ inventory_hostname }}"}, "register": "info"},
+            {"ansible.builtin.copy": {"content": "{{ info | to_json }}", "dest": str(folder) + "/{{ inventory_hostname }}"},
              "delegate_to": "localhost", "become": False, "vars": {"ansible_connection": "local"}},
         ]}]))
     playbook(lab, str(play))
-    return json.loads((lab.state / "info.json").read_text())
+    return {node: json.loads((folder / node).read_text()) for node in lab.nodes}
 
 
-def states(lab, node):
-    """{peer: state} of a node."""
-    return {row["name"]: row["state"] for row in info(lab, node)["peers"]}
+def info(lab, node):
+    """Result of `mesh_info` on one node."""
+    return infos(lab)[node]
+
+
+def states(lab):
+    """{node: {peer: state}}."""
+    return {node: {row["name"]: row["state"] for row in found["peers"]} for node, found in infos(lab).items()}
+
+
+def all_encrypted(lab):
+    """Whether every node has every other as a peer, and every pair is encrypted both ways."""
+    return states(lab) == {node: dict.fromkeys([peer for peer in lab.nodes if peer != node], "encrypted") for node in lab.nodes}
 
 
 def made(name, **options):

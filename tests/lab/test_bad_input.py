@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import differences, keep_on_failure, made, playbook, traces  # noqa: E402
+from harness import differences, keep_on_failure, made, playbook, traces
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def test_bad_variable(lab, variable, words):
 def test_unreachable_api(lab):
     config = lab.state / "kubeconfig"
     config.write_text(json.dumps({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {"token": "not-shown"}}]}))
     run = playbook(lab, "enable", "-e", "mesh_kubeconfig=%s" % config, rc=2, source="kubernetes")
     assert "kubernetes.core" in run.text or "127.0.0.1:1" in run.text, run.text[-3000:]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import keep_on_failure, made, playbook  # noqa: E402
+from harness import keep_on_failure, made, playbook
 
 KEY_FILE = "/etc/wireguard/wgmesh0.key"
 
@@ -51,7 +51,8 @@ def lab():
 def forms(text):
     """The ways in which 32 bytes could be written somewhere."""
     raw = base64.b64decode(text)
-    return [text.strip().rstrip("=").encode(), raw, raw.hex().encode(), base64.urlsafe_b64encode(raw).rstrip(b"="), repr(raw)[2:-1].encode()]
+    encoded = [text.strip().rstrip("=").encode(), base64.urlsafe_b64encode(raw).rstrip(b"=")]
+    return encoded + [raw, raw.hex().encode(), repr(raw)[2:-1].encode()]
 
 
 def read_tree(top):
