@@ -86,7 +86,8 @@ def test_unreachable_api(lab):
     config.write_text(json.dumps({
         "apiVersion": "v1", "kind": "Config", "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {"token": "not-shown"}}]}))
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": {"token": "not-shown"}}]}))
     run = playbook(lab, "enable", "-e", "mesh_kubeconfig=%s" % config, rc=2, source="kubernetes")
     assert "kubernetes.core" in run.text or "127.0.0.1:1" in run.text, run.text[-3000:]
     assert "not-shown" not in run.text

@@ -25,7 +25,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_variant(name):
     options, arguments, mtu = VARIANTS[name]
-    lab = made("v" + name[:4], nodes=3, pods=2, **options)
+    lab = made("v" + name[:4], nodes=3, pods=1, **options)
     try:
         before = {node: traces(lab, node) for node in lab.nodes}
         assert_clear(lab)
