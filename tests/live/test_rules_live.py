@@ -39,7 +39,8 @@ def by_ip(verb):
         subprocess.run(["ip", option[rule["family"]], "rule", verb] + plan.rule_text(rule).split(), check=True)
 
 def shown():
-    return [subprocess.run(["ip", option[family], "-j", "-N", "rule"], check=True, stdout=subprocess.PIPE).stdout.decode() for family in option]
+    argv = ["ip", "-j", "-N", "rule"]
+    return [subprocess.run(argv[:1] + [each] + argv[1:], check=True, stdout=subprocess.PIPE).stdout.decode() for each in option.values()]
 
 def refused(op):
     try:
