@@ -183,6 +183,8 @@ def apply_present(system, wanted, plan):
     for step in plan["link"]:
         if step["op"] == "create_link":
             create_link(system, interface, step["implementation"])
+        elif step["op"] == "set_mtu":
+            apply_link_step(system, interface, step)
         else:
             system.run(["ip", "link", "set", "dev", interface, "addrgenmode", "none"])
     if plan["device"]:

@@ -55,7 +55,7 @@ def check_kind(interface, implementation, link):
 
 def check_mtu(mtu, addresses, interface):
     """Raise MeshError where IPv6 would be dead on the device: it needs 1280 bytes (RFC 8200, section 5), the kernel removes it below."""
-    if mtu < MTU_MIN_IPV6 and any(":" in address for address in addresses):
+    if mtu < MTU_MIN_IPV6 and has_ipv6(addresses):
         narrowest = (MTU_MIN_IPV6 + OVERHEAD["ipv4"], MTU_MIN_IPV6 + OVERHEAD["ipv6"])
         raise MeshError(
             "mtu: %d on %s is below %d, which IPv6 needs; the way between the nodes is too narrow: it must carry at least %d bytes "
@@ -73,13 +73,18 @@ def plan_link(current, wanted):
     """
     before, after = [], []
     have = current or {"mtu": 0, "up": False, "addrgenmode": "", "addresses": []}
+    ipv6 = has_ipv6(wanted["addresses"])
+    mtu = [{"op": "set_mtu", "mtu": wanted["mtu"], "before": have["mtu"]}] if have["mtu"] != wanted["mtu"] else []
     if current is None:
         before.append({"op": "create_link", "implementation": wanted["implementation"]})
+    elif ipv6 and have["mtu"] < MTU_MIN_IPV6:
+        # The kernel took IPv6 off the device, addresses and mode: both come only after the MTU.
+        before += mtu
+        mtu = []
     # A step of its own before the device first comes up: together with "up" it came too late. The kernel's WireGuard does so itself.
-    if have["addrgenmode"] != "none":
+    if ipv6 and have["addrgenmode"] != "none":
         before.append({"op": "set_addrgenmode"})
-    if have["mtu"] != wanted["mtu"]:
-        after.append({"op": "set_mtu", "mtu": wanted["mtu"], "before": have["mtu"]})
+    after += mtu
     present = {canonical(address) for address in have["addresses"]}
     expected = [canonical(address) for address in wanted["addresses"]]
     after += [{"op": "add_address", "address": address} for address in expected if address not in present]
@@ -87,6 +92,11 @@ def plan_link(current, wanted):
         after.append({"op": "set_up"})
     after += [{"op": "remove_address", "address": address} for address in sorted(present - set(expected))]
     return before, after
+
+
+def has_ipv6(addresses):
+    """Whether a device has IPv6 at all: a node whose kernel has it gives it at least the address for probes."""
+    return any(":" in address for address in addresses)
 
 
 def canonical(address):

@@ -155,6 +155,11 @@ def wg_quick_text(device):
     """``/etc/wireguard/DEVICE.conf``; routes and rules are not wg-quick's business (Table = off)."""
     lines = ["[Interface]"]
     lines += ["Address = %s" % address for address in device["addresses"]]
+    if any(":" in address for address in device["addresses"]):
+        # Where IPv6 is off for new devices, the addresses would be refused and nothing would come up. sysctl.d comes too late: it is
+        # read before there is a device, or while it gets its addresses.
+        switch = "/proc/sys/net/ipv6/conf/%i/disable_ipv6"
+        lines.append("PreUp = grep -q 0 %s || echo 0 > %s" % (switch, switch))
     lines += [
         "ListenPort = %d" % device["listen_port"],
         "FwMark = 0x%x" % device["fwmark"],
@@ -182,7 +187,7 @@ def start_userspace_text():
 set -eu
 systemctl start "kubemesh-userspace@$1.service"
 # As a step of its own, before the device first comes up: an automatic link-local address would become the source of probes.
-ip link set dev "$1" addrgenmode none
+[ ! -d /proc/sys/net/ipv6 ] || ip link set dev "$1" addrgenmode none
 """ % HEADER
 
 
@@ -220,6 +225,9 @@ def device_unit_text(userspace, private_key_file):
     make = "" if userspace else "ip link show dev %i >/dev/null 2>&1 && exit 0; ip link add dev %i type wireguard && "
     # A live device has peers; replacing its configuration would end their sessions.
     keep = "[ -n \"$$(wg show %i peers)\" ] && exit 0; " if userspace else ""
+    # Not where the kernel has no IPv6: there it would fail.
+    mode = "{ [ ! -d /proc/sys/net/ipv6 ] || ip link set dev %i addrgenmode none; }"
+    configure = "wg setconf %%i /etc/kubemesh/%%i.setconf && wg set %%i private-key %s" % private_key_file
     return HEADER + """[Unit]
 Description=WireGuard mesh device %%i
 Documentation=man:wg(8) man:systemd.network(5)
@@ -228,11 +236,11 @@ Before=%s
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -c '%s%sip link set dev %%i addrgenmode none && wg setconf %%i /etc/kubemesh/%%i.setconf && wg set %%i private-key %s'
+ExecStart=/bin/sh -c '%s%s%s && %s'
 
 [Install]
 WantedBy=multi-user.target
-""" % (POD_STARTERS, requires, keep, make, private_key_file)
+""" % (POD_STARTERS, requires, keep, make, mode, configure)
 
 
 def network_text(device, managed):
@@ -268,27 +276,46 @@ def networkmanager_conf_text(interface):
     return HEADER + "[keyfile]\nunmanaged-devices+=interface-name:%s\n" % interface
 
 
-def catches(text, interface):
-    """Whether a ``.network`` file would make networkd manage a device of this name (systemd.network(5), [Match]).
+# What a mesh device is to systemd, by the settings of [Match] that look at a device: the kernel's, and a userspace implementation's.
+_MATCH_VALUES = {
+    "Type": ("wireguard", "none"), "Kind": ("wireguard", "tun"), "Driver": ("wireguard", "tun"), "Path": (None,),
+    "WLANInterfaceType": (None,), "SSID": (None,)}
+# Of these a mesh device has none.
+_MATCH_NEVER = ("MACAddress", "PermanentMACAddress", "BSSID", "Property")
 
-    Only a match by name, or one that names nothing a mesh device has not, counts.
+
+def catches(text, interface):
+    """Whether a ``.network`` file would make networkd manage a device of this name (systemd.network(5), [Match] section options).
+
+    All settings of the section must match, as in ``net_match_config`` of systemd. Those that look at the machine (Host, Virtualization,
+    KernelCommandLine, …) are taken as fulfilled. A section that says nothing matches nothing (systemd 243 and newer).
     """
-    names, kinds, section, other = [], [], "", False
-    for line in text.splitlines():
+    found, in_match, machine = {}, False, False
+    for line in text.replace("\\\n", " ").splitlines():
         line = line.strip()
         if line.startswith("["):
-            section = line
-        elif section == "[Match]" and "=" in line and not line.startswith(("#", ";")):
-            field, dummy, value = line.partition("=")
-            if field.strip() == "Name":
-                names += value.split()
-            elif field.strip() in ("Type", "Kind"):
-                kinds += value.split()
-            elif value.strip():
-                other = True
-    if other or (kinds and not any(fnmatch.fnmatch(kind, pattern) for pattern in kinds for kind in ("wireguard", "none"))):
+            in_match = line == "[Match]"
+        elif in_match and "=" in line and not line.startswith(("#", ";")):
+            field, dummy, value = (part.strip() for part in line.partition("="))
+            if field == "Name" or field in _MATCH_VALUES or field in _MATCH_NEVER:
+                # A setting may be repeated, and an empty one forgets those before it.
+                inverted = "!" if value.startswith("!") else ""
+                words = [inverted + word for word in value[len(inverted):].split()]
+                found[field] = found.get(field, []) + words if words else []
+            else:
+                machine = True
+    if any(found.get(field) for field in _MATCH_NEVER):
         return False
-    if any(name.startswith("!") and fnmatch.fnmatch(interface, name[1:]) for name in names):
+    values = dict(_MATCH_VALUES, Name=(interface,))
+    patterns = {field: words for field, words in found.items() if words}
+    return bool(patterns or machine) and all(
+        any(_matches(words, value) for value in values[field]) for field, words in patterns.items())
+
+
+def _matches(patterns, value):
+    """Whether one of the globs matches; those with "!" must not. None is something that the device has not."""
+    plain = [pattern for pattern in patterns if not pattern.startswith("!")]
+    hit = [pattern for pattern in patterns if value is not None and fnmatch.fnmatchcase(value, pattern.lstrip("!"))]
+    if any(pattern.startswith("!") for pattern in hit):
         return False
-    plain = [name for name in names if not name.startswith("!")]
-    return bool((names and not plain) or any(fnmatch.fnmatch(interface, name) for name in plain) or (kinds and not names))
+    return bool(hit) if plain else True

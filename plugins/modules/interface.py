@@ -197,8 +197,8 @@ def kernel_diff(interface, current, wanted, plan, names):
     after = ""
     if wanted is not None:
         after_link = {
-            "kind": _link_plan.KINDS[wanted["implementation"]][0], "mtu": wanted["mtu"], "up": True, "addrgenmode": "none",
-            "addresses": wanted["addresses"]}
+            "kind": _link_plan.KINDS[wanted["implementation"]][0], "mtu": wanted["mtu"], "up": True, "addresses": wanted["addresses"],
+            "addrgenmode": "none" if _link_plan.has_ipv6(wanted["addresses"]) else ""}
         reached = _wg_plan.apply_steps(state or _wg_plan.empty_state(interface), plan["device"])
         after = _link_plan.link_as_text(after_link, interface) + _wg_plan.device_as_text(reached, names)
     for step in plan["sysctls"]:
