@@ -65,7 +65,7 @@ def sh(*argv, data=None, check=True, namespace=None):
                           preexec_fn=namespace.enter if namespace else None)
     if check and done.returncode:
         raise RuntimeError("%s%s ended with %d: %s" % (namespace.name + ": " if namespace else "", " ".join(argv), done.returncode,
-                                                      (done.stderr or done.stdout).strip()[-800:]))
+                                                       (done.stderr or done.stdout).strip()[-800:]))
     return done.stdout
 
 
@@ -227,6 +227,7 @@ class Node(Net):
         with open(self.path(name), "w", encoding="utf-8") as handle:
             handle.write(text)
 
+
 def spawn(namespace, function, *args):
     """Fork; the child enters the namespace and sends function(*args) back as JSON. Returns (pid, pipe)."""
     reader, writer = os.pipe()
@@ -344,7 +345,7 @@ class Cluster:
         for number in range(1, nodes + 1):
             netns = "%sn%d" % (prefix, number)
             locals_ = [Net("%sp%dx%d" % (prefix, number, index), {"ipv4": "10.244.%d.%d" % (number, 10 + index),
-                                                                "ipv6": "fd00:10:244:%d::%x" % (number, 10 + index)})
+                                                                  "ipv6": "fd00:10:244:%d::%x" % (number, 10 + index)})
                        for index in range(pods)]
             if machine and number == 1:
                 self.nodes.append(Machine("worker-1", number, locals_))

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # -*- coding: utf-8 -*-
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
@@ -344,7 +343,7 @@ def guest(results):
         DEV_PEERS,
         peer(two, nest(PEER_ALLOWED_IPS, allowed_ip("10.0.6.0/24"))),
         peer(one, u32(PEER_FLAGS, F_UPDATE_ONLY), nest(PEER_ALLOWED_IPS, allowed_ip("10.0.7.0/24"),
-                                                     allowed_ip("10.0.2.0/24", flags=IP_F_REMOVE_ME)))))
+                                                       allowed_ip("10.0.2.0/24", flags=IP_F_REMOVE_ME)))))
     try_set("unknown_attribute", "an allowed IP attribute nobody defined (99)", nest(DEV_PEERS, peer(
         one, nest(PEER_ALLOWED_IPS, allowed_ip("10.0.8.0/24", unknown=99)))))
     try_set("remove_by_throwaway", "remove one allowed IP on any kernel: give it to a new peer and remove that, in one message", nest(

@@ -1144,6 +1144,7 @@ class Lab:
         except FileNotFoundError:
             return []
         # The exact shapes, not the prefix: a lab "a" must not touch those of a lab "a-b".
+
         def mine(rest):
             words = rest.split("-")
             return rest in ("ctl", "fabric") or (words[0] == "node" and len(words) in (2, 4) and words[1].isdigit()

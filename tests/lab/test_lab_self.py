@@ -191,7 +191,7 @@ def test_sniffer_counts_wireguard_by_its_ports(lab):
 def test_packets_that_the_machine_drops_are_counted(lab):
     lab.exec("node-1", ["python3", "-c", ("import socket; r = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); r.bind(('127.0.0.1', 0))\n"
                         "r.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048); s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
-                        "for i in range(100): s.sendto(bytes(1000), r.getsockname())")])
+                                          "for i in range(100): s.sendto(bytes(1000), r.getsockname())")])
     assert lab.drops()["node-1"]["udp_receive_buffer"] > 50
     assert lab.drops()["node-3"]["udp_receive_buffer"] == 0
 
@@ -318,7 +318,7 @@ def test_a_second_lab_beside_the_first_and_down_leaves_nothing(lab):
 @needs_root
 def test_down_after_half_an_up(monkeypatch):
     broken = labs.Lab(NAME + "-y")
-    monkeypatch.setattr(labs.Lab, "_write_inventory", lambda self: (_ for _ in ()).throw(labs.LabError("on purpose")))
+    monkeypatch.setattr(labs.Lab, "_write_inventory", lambda self: (dummy for dummy in ()).throw(labs.LabError("on purpose")))
     with pytest.raises(labs.LabError, match="on purpose"):
         broken.up(nodes=1)
     assert broken.namespaces()

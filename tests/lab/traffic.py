@@ -1042,7 +1042,7 @@ class Sniffer(Loop):
         self.names = {}
         self.prefix4, self.prefix6 = labs.CLUSTER4.network_address.packed[:2], labs.CLUSTER6.network_address.packed[:6]
         self.sock = labs.in_namespace(self.lab.namespace("fabric"), lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW,
-                                                                                        socket.htons(ETH_P_ALL)))
+                                                                                          socket.htons(ETH_P_ALL)))
         self.sock.setblocking(False)
         self.sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)

@@ -39,7 +39,7 @@ PATIENCE = 30
 
 
 def run(*argv, check=True, data=None):
-    done = subprocess.run(argv, input=data, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    done = subprocess.run(argv, input=data, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False)
     if check and done.returncode:
         raise RuntimeError("%s: %d: %s" % (" ".join(argv), done.returncode, done.stdout))
     return done.stdout

@@ -285,7 +285,7 @@ def test_a_peer_that_left_keeps_nothing():
 
 def test_no_routes_to_those_that_do_not_accept():
     doc = document(b=entry(2, state="excluded", reason="Windows"), c=entry(3, state="pending", reason="no key", public_keys={},
-                                                                          probe_addresses={}))
+                                                                           probe_addresses={}))
     assert wanted(doc)["routes"] == []
 
 

@@ -81,7 +81,7 @@ def test_the_recording_has_a_peer_that_goes_on_in_the_next_message():
 
 def test_recorded_session_has_handshake_and_counters():
     device = GET_CASES["session"]["device"]
-    (peer,) = decoded(GET_CASES["session"])["peers"].values()
+    peer = next(iter(decoded(GET_CASES["session"])["peers"].values()))
     assert int(peer["last_handshake"]) == device["last_handshake_seconds"]
     assert (peer["rx_bytes"], peer["tx_bytes"]) == (device["rx_bytes"], device["tx_bytes"])
 
@@ -184,20 +184,27 @@ def test_flatten_is_the_inverse_of_tree():
             assert wg_fakes.flatten(wg_fakes.tree(message)) == without_sequence(message), case["name"]
 
 
-NONE, KEEP = (lambda flags: 0), (lambda flags: flags)
+def no_flag(dummy):
+    """No flag at all."""
+    return 0
+
+
+def same_flags(flags):
+    """The flags as they are."""
+    return flags
 
 
 @pytest.mark.parametrize(("name", "step", "theirs_flags", "ours_flags"), [
     # wg replaces the allowed IPs of the peer, we add to those of a new one
     ("set_peer", {"op": "add_peer", "public_key": ONE, "endpoint": "198.18.0.11:51840", "keepalive": 25, "preshared_key_file": "/x",
-                  "allowed_ips": ["10.244.1.0/24", "fd00:10:244:1::/64"]}, NONE, KEEP),
+                  "allowed_ips": ["10.244.1.0/24", "fd00:10:244:1::/64"]}, no_flag, same_flags),
     ("set_peer_v6", {"op": "add_peer", "public_key": TWO, "endpoint": "[2001:db8::12]:51841", "keepalive": 0, "allowed_ips": []},
-     KEEP, KEEP),
+     same_flags, same_flags),
     ("set_peer_scoped", {"op": "add_peer", "public_key": TWO, "endpoint": "[fe80::12%1]:51841", "keepalive": 0, "allowed_ips": []},
-     KEEP, KEEP),
+     same_flags, same_flags),
     # wg would make a peer that is gone again
-    ("set_keepalive_off", {"op": "update_peer", "public_key": ONE, "keepalive": 0}, KEEP, NONE),
-    ("remove_peer", {"op": "remove_peer", "public_key": TWO}, KEEP, KEEP),
+    ("set_keepalive_off", {"op": "update_peer", "public_key": ONE, "keepalive": 0}, same_flags, no_flag),
+    ("remove_peer", {"op": "remove_peer", "public_key": TWO}, same_flags, same_flags),
 ])
 def test_peers_byte_by_byte(name, step, theirs_flags, ours_flags):
     (theirs,) = sent_by_wg(name)
@@ -210,10 +217,10 @@ def test_setconf_byte_by_byte_but_for_replacing():
     (theirs,) = sent_by_wg("setconf")
     ours = ours_for({"op": "add_peer", "public_key": ONE, "endpoint": None, "keepalive": 0, "allowed_ips": ["10.244.1.0/24"]},
                     {"op": "add_peer", "public_key": TWO, "endpoint": None, "keepalive": 0, "allowed_ips": ["10.244.2.0/24"]})
-    header, device = wg_fakes.tree(with_flags(theirs, NONE))
+    header, device = wg_fakes.tree(with_flags(theirs, no_flag))
     # the device's own settings are a message of their own with us
     peers_only = wg_fakes.flatten((header, [item for item in device if item[0] in (netlink.WGDEVICE_A_IFNAME, netlink.WGDEVICE_A_PEERS)]))
-    assert [with_flags(message, KEEP) for message in ours] == [peers_only]
+    assert [with_flags(message, same_flags) for message in ours] == [peers_only]
     flags = dict(wg_fakes.tree(theirs)[1])[5]
     assert flags == struct.pack("=I", 1)  # WGDEVICE_F_REPLACE_PEERS: what we must never send
 
@@ -224,7 +231,7 @@ def test_a_peer_over_several_messages_is_cut_where_wg_cuts_it():
     # wg has a page of 4096 bytes, and a flags attribute in the first part only; an update has one as well
     ours = ours_for({"op": "add_allowed_ips", "public_key": THREE, "allowed_ips": prefixes}, limit=4096)
     # flags taken away: their first part must hold what our first part holds
-    assert with_flags(ours[0], NONE) == with_flags(theirs[0], NONE)
+    assert with_flags(ours[0], no_flag) == with_flags(theirs[0], no_flag)
     for messages in (ours, theirs):
         found = []
         for message in messages:
