@@ -21,15 +21,24 @@ HANDSHAKE_FRESH = 275
 STATES = ("encrypted", "idle", "accepting", "partial", "no handshake", "missing", "no key", "excluded", "unknown")
 
 
-def steered(routes_state, node_families):
-    """What the rules make of the tables: {"pods": families whose rule for pod CIDRs is there, "nodes": the same of host encryption}."""
-    pods, nodes = set(), set()
+def steered(routes_state, local_cidrs, node_families):
+    """What the rules make of the tables, as sets of families.
+
+    "pods": what goes to pods; "nodes": what goes to node addresses, from everyone (host encryption) or from all local pods.
+    """
+    pods, nodes, sources = set(), set(), set()
     tables = sorted({rule["table"] for rule in routes_state["rules"]})
     for rule in routes_state["rules"]:
         if rule["not_fwmark"]:
             nodes.add(rule["family"])
-        elif not rule["from"] and rule["table"] == tables[0]:
+        elif rule["from"]:
+            sources.add(rule["from"])
+        elif rule["table"] == tables[0]:
             pods.add(rule["family"])
+    for family in node_families:
+        own = {cidr for cidr in local_cidrs if family_of(cidr) == family}
+        if own and own <= sources:
+            nodes.add(family)
     return {"pods": pods & node_families, "nodes": nodes & node_families}
 
 
@@ -45,7 +54,9 @@ def join(doc, node, generation, device, routes_state, interface, now):
     generation = str(generation)
     entry = doc["nodes"][node]
     families = {family_of(text) for text in entry["node_addresses"] + entry["pod_cidrs"]}
-    rules = steered(routes_state, families)
+    rules = steered(routes_state, entry["pod_cidrs"], families)
+    # Families whose node addresses are to be reached through the tunnel: by local pods at least.
+    rules["wanted_nodes"] = rules["nodes"] | {family_of(cidr) for cidr in entry["pod_cidrs"]}
     routes = {route["dst"] for route in routes_state["routes"] if route["dev"] == interface and route["type"] == "unicast"}
     live = device["peers"] if device else {}
     wanted = peers_of(doc, node, generation) if generation in entry["public_keys"] and entry["state"] != "excluded" else {}
@@ -91,12 +102,12 @@ def _state(row, other, peer, wanted, families, rules, routes):
     prefixes = [cidr for cidr in other["pod_cidrs"] if family_of(cidr) in families]
     sent = [cidr for cidr in prefixes if cidr in routes and family_of(cidr) in rules["pods"]]
     row["routed"] = bool(sent)
-    if prefixes and not sent:
-        return "accepting", "traffic to its pods takes the way of the CNI, in clear"
-    if len(sent) < len(prefixes):
-        return "partial", "in clear: %s" % ", ".join(sorted(set(prefixes) - set(sent)))
-    nodes = [host_cidr(text) for text in other["node_addresses"] if family_of(text) in rules["nodes"]]
-    missing = [text for text in nodes if text not in routes]
+    # A peer without pods is reached by the node addresses alone.
+    nodes = [host_cidr(text) for text in other["node_addresses"] if family_of(text) in rules["wanted_nodes"]]
+    reached = [text for text in nodes if text in routes and family_of(text) in rules["nodes"]]
+    if not sent and not reached and (prefixes or nodes or not rules["pods"]):
+        return "accepting", "traffic to it takes the way of the CNI, in clear"
+    missing = sorted(set(prefixes) - set(sent)) + [text for text in nodes if text not in reached]
     if missing:
         return "partial", "in clear: %s" % ", ".join(missing)
     if row["handshake_age"] is None:
@@ -193,10 +204,11 @@ def batches(hosts, sizes):
         sizes = [sizes]
     if not sizes:
         raise ValueError("mesh_batch: an empty list; give numbers or percentages such as [1, \"25%\", \"100%\"]")
+    # All of them, also those that so few hosts never get to.
+    numbers = [batch_size(size, len(hosts)) for size in sizes]
     cut, rest, place = [], list(hosts), 0
     while rest:
-        size = sizes[min(place, len(sizes) - 1)]
-        number = batch_size(size, len(hosts))
+        number = numbers[min(place, len(numbers) - 1)]
         cut.append(rest[:number])
         rest = rest[number:]
         place += 1
@@ -207,9 +219,10 @@ def batch_size(size, total):
     """One size as a number of hosts, at least 1."""
     text = str(size).strip()
     digits = text[:-1] if text.endswith("%") else text
-    if isinstance(size, bool) or not digits.isdigit() or int(digits) < 1 or (text.endswith("%") and int(digits) > 100):
+    number = int(digits) if digits.isascii() and digits.isdigit() and not isinstance(size, bool) else 0
+    if number < 1 or (text.endswith("%") and number > 100):
         raise ValueError("mesh_batch: %r is not a number of hosts from 1 on, nor a percentage from 1%% to 100%%" % (size,))
-    return max(1, total * int(digits) // 100) if text.endswith("%") else int(digits)
+    return max(1, total * number // 100) if text.endswith("%") else number
 
 
 def progress_line(done, total, proven, expected, started, now):
