@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # -*- coding: utf-8 -*-
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
@@ -14,6 +13,8 @@ the cost of a short test: *direct* (a shell script as init: 4 s) and *systemd* (
 What PAYLOAD/run.sh finds: its folder read-only at /payload, KM_RESULTS (a folder whose content comes back), KM_BOOT (1 at the first
 boot, then 2, ...), PYTHONPATH=/payload/lib. With --reboots N it may create the file named in KM_REBOOT and exit 0: the machine then boots
 again from the same disk and runs it once more. Nothing of a run is kept: the disk is a copy-on-write of the image.
+
+KUBEMESH_VM_APPEND adds to the kernel's command line, such as systemd.show_status=1 or systemd.journald.forward_to_console=1.
 
 Host: Debian with Python 3.8 or later and root. Standard library only.
 """
@@ -116,21 +117,27 @@ export KM_RESULTS=$state/results KM_BOOT=$boot KM_REBOOT=$state/reboot PYTHONPAT
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
 rm -f $state/reboot
 cd /
-if [ $boot -le $limit ]; then
-    /payload/run.sh </dev/null
-    rc=$?
-    echo $rc > $state/results/rc
-    if [ $rc = 0 ] && [ -e $state/reboot ]; then
-        umount /payload
-        sync
-        if [ $$ = 1 ]; then reboot -f; else systemctl reboot; fi
-        sleep 60
-    fi
+rm -f $state/results/again
+/payload/run.sh </dev/null
+rc=$?
+echo $rc > $state/results/rc
+again=
+if [ $rc = 0 ] && [ -e $state/reboot ] && [ $boot -lt $limit ]; then
+    again=yes
+    touch $state/results/again
 fi
 tar -cf /dev/vdc -C $state/results .
+umount /payload
 sync
-echo o > /proc/sysrq-trigger
-sleep 60
+if [ -z "$again" ]; then
+    echo o > /proc/sysrq-trigger
+elif [ $$ = 1 ]; then
+    # no init to ask: what is written is on the disk
+    echo b > /proc/sysrq-trigger
+else
+    systemctl reboot
+fi
+sleep 100
 """
 
 PAYLOAD_SERVICE = """[Unit]
@@ -351,72 +358,92 @@ def run(payload, results=None, systemd=False, reboots=0, timeout=300.0, quiet=Fa
     if not os.access(payload / "run.sh", os.X_OK):
         raise VMError("%s has no executable run.sh" % payload)
     image = build()
+    start, cpu_before = time.monotonic(), _cpu_of_children()
+    console = []
     with tempfile.TemporaryDirectory(prefix="kubemesh-vm-") as scratch_name:
         scratch = pathlib.Path(scratch_name)
         _payload_disk(payload, scratch / "payload.img")
-        with open(scratch / "results.img", "wb") as handle:
-            handle.truncate(RESULTS_SIZE)
         # the kernel unpacks archives that follow one another
         (scratch / "initrd").write_bytes((image / "initrd").read_bytes() + boot_overlay())
-        cmdline = KERNEL_ARGS + " kmboots=%d" % (1 + reboots)
+        root, snapshot = image / "root.img", ",snapshot=on"
+        if reboots:
+            # each boot is an emulator of its own: a reset inside one hung now and then on a busy machine
+            root, snapshot = scratch / "root.img", ""
+            _run(["cp", "--sparse=always", "--reflink=auto", str(image / "root.img"), str(root)])
+        cmdline = "%s kmboots=%d %s" % (KERNEL_ARGS, 1 + reboots, os.environ.get("KUBEMESH_VM_APPEND", ""))
         if not systemd:
             cmdline += " kminit=/usr/local/lib/kubemesh-vm/init"
         argv = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m", str(memory_mb), "-display", "none",
-                "-monitor", "none", "-serial", "stdio", "-nic", "none",
+                "-monitor", "none", "-serial", "stdio", "-nic", "none", "-no-reboot",
                 "-kernel", str(image / "vmlinuz"), "-initrd", str(scratch / "initrd"), "-append", cmdline,
                 # cache=unsafe: nobody needs this disk after the run
-                "-drive", "file=%s,if=virtio,format=raw,snapshot=on,cache=unsafe" % (image / "root.img"),
+                "-drive", "file=%s,if=virtio,format=raw,cache=unsafe%s" % (root, snapshot),
                 "-drive", "file=%s,if=virtio,format=raw,readonly=on" % (scratch / "payload.img"),
                 "-drive", "file=%s,if=virtio,format=raw,cache=unsafe" % (scratch / "results.img")]
-        if not reboots:
-            argv.append("-no-reboot")
-        start = time.monotonic()
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu_before = usage.ru_utime + usage.ru_stime
-        console = []
-        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              preexec_fn=_die_with_parent) as qemu:
-            def pump():
-                for raw in qemu.stdout:
-                    line = raw.decode("utf-8", "replace").rstrip("\r\n")
-                    console.append(line)
-                    if not quiet:
-                        print(line, flush=True)
+        for dummy in range(1 + reboots):
+            with open(scratch / "results.img", "wb") as handle:
+                handle.truncate(RESULTS_SIZE)
+            _boot(argv, start + timeout, timeout, console, quiet)
+            found = _read_results(scratch / "results.img", time.monotonic() - start, console)
+            if "again" not in found:
+                break
+    outcome = Outcome(rc=int(found.pop("rc")), seconds=time.monotonic() - start, cpu_seconds=_cpu_of_children() - cpu_before,
+                      console="\n".join(console))
+    if results is not None:
+        for name, content in found.items():
+            target = pathlib.Path(results) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    if not quiet:
+        log("rc %d, %.1f s (%.1f s of processor time), results: %s" % (
+            outcome.rc, outcome.seconds, outcome.cpu_seconds, " ".join(sorted(found))))
+    return outcome
 
-            reader = threading.Thread(target=pump, daemon=True)
-            reader.start()
-            try:
-                qemu.wait(timeout)
-            except subprocess.TimeoutExpired:
-                raise VMError("the machine ran longer than %.0f s and was stopped; end of its console:\n%s"
-                              % (timeout, "\n".join(console[-40:]))) from None
-            finally:
-                if qemu.poll() is None:
-                    qemu.kill()
-                    qemu.wait()
-            reader.join(10)
-            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-            cpu_seconds = usage.ru_utime + usage.ru_stime - cpu_before
-        seconds = time.monotonic() - start
-        text = "\n".join(console)
+
+def _cpu_of_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _boot(argv, end, timeout, console, quiet):
+    """One run of the emulator; its console goes to the list, and to stdout unless quiet."""
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          preexec_fn=_die_with_parent) as qemu:
+        def pump():
+            for raw in qemu.stdout:
+                line = raw.decode("utf-8", "replace").rstrip("\r\n")
+                console.append(line)
+                if not quiet:
+                    print(line, flush=True)
+
+        reader = threading.Thread(target=pump, daemon=True)
+        reader.start()
         try:
-            with tarfile.open(scratch / "results.img", "r:") as archive:
-                names = archive.getnames()
-                rc = int(archive.extractfile("./rc").read())
-                if results is not None:
-                    pathlib.Path(results).mkdir(parents=True, exist_ok=True)
-                    for member in archive.getmembers():
-                        if member.isfile() and ".." not in member.name.split("/"):
-                            target = pathlib.Path(results) / member.name
-                            target.parent.mkdir(parents=True, exist_ok=True)
-                            target.write_bytes(archive.extractfile(member).read())
-        except (tarfile.TarError, KeyError, ValueError) as exc:
-            raise VMError("the machine ended after %.0f s without a result (%s); end of its console:\n%s"
-                          % (seconds, exc, "\n".join(console[-40:]))) from exc
-        if not quiet:
-            log("rc %d, %.1f s (%.1f s of processor time), results: %s" % (
-                rc, seconds, cpu_seconds, " ".join(sorted(name[2:] for name in names if len(name) > 2))))
-        return Outcome(rc=rc, seconds=seconds, cpu_seconds=cpu_seconds, console=text)
+            qemu.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise VMError("the machine ran longer than %.0f s and was stopped; end of its console:\n%s"
+                          % (timeout, "\n".join(console[-40:]))) from None
+        finally:
+            if qemu.poll() is None:
+                qemu.kill()
+                qemu.wait()
+        reader.join(10)
+
+
+def _read_results(path, seconds, console):
+    """{file name: bytes} that the machine left; VMError when it left none."""
+    found = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive.getmembers():
+                name = os.path.normpath(member.name)
+                if member.isfile() and not name.startswith(("..", "/")):
+                    found[name] = archive.extractfile(member).read()
+        int(found["rc"])
+    except (tarfile.TarError, KeyError, ValueError) as exc:
+        raise VMError("the machine ended after %.0f s without a result (%s); end of its console:\n%s"
+                      % (seconds, exc, "\n".join(console[-40:]))) from exc
+    return found
 
 
 def main(argv=None):
