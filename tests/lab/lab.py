@@ -995,6 +995,8 @@ class Lab:
 
     def _write_inventory(self):
         common = ("-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o ConnectTimeout=10 "
+                  # A connection that is kept open to a host that is gone would hang for a quarter of an hour.
+                  "-o ServerAliveInterval=5 -o ServerAliveCountMax=2 "
                   "-o ControlMaster=auto -o ControlPersist=60s")
         lines = ["---", "all:", "  vars:", "    ansible_user: root", f"    ansible_ssh_private_key_file: {self.state / 'id_ed25519'}",
                  f"    ansible_ssh_common_args: {json.dumps(common)}", "    ansible_python_interpreter: /usr/bin/python3", "  children:",
