@@ -202,7 +202,7 @@ Before=%s
 ExecStart=%s -f %%i
 # 100 times 0.1 s; it listens within a fraction of a second. Looked up and not asked: `wg` removes the socket of one that does not answer
 # yet, and it dies of that (measured). 00010000 is a socket that listens.
-ExecStartPost=/bin/sh -c 'for try in $$(seq 100); do grep -q " 00010000 .*/wireguard/%%i.sock" /proc/net/unix && exit 0; sleep 0.1; done; exit 1'
+ExecStartPost=/bin/sh -c 'for try in $$(seq 100); do grep -q " 00010000 .*/%%i.sock" /proc/net/unix && exit 0; sleep 0.1; done; exit 1'
 # Packets wait here for the tunnel; the 500 of a TUN device are a fraction of a second on a busy node, then they are lost.
 ExecStartPost=/bin/sh -c 'exec ip link set dev %%i txqueuelen 4096'
 # The data path of the node: it must not wait for what else runs, and out of memory is the last thing that may take it away.
