@@ -28,7 +28,7 @@ class CommandLines(threading.Thread):
         self.seen, self.end, self.rounds = set(), threading.Event(), 0
 
     def run(self):
-        while not self.end.wait(0.02):
+        while not self.end.wait(0.1):
             self.rounds += 1
             for entry in os.listdir("/proc"):
                 if entry.isdigit():

@@ -366,7 +366,7 @@ def collections_path(context):
     return f"{artifact(context)[1]}{os.pathsep}{prepare.other_collections(tool(context, 'python'))}"
 
 
-@check("live", timeout=600, cores=2)
+@check("live", timeout=900, cores=2)
 def live(context):
     """Modules against WireGuard devices and routes in network namespaces."""
     need_root()
@@ -381,7 +381,7 @@ def lab_tests(context, files):
     return pytest(context, *files, pythonpath=[artifact(context)[1], TESTS / "lab"], env=env)
 
 
-@check("lab", timeout=1500, cores=2)
+@check("lab", timeout=2700, cores=2)
 def lab(context):
     """The collection on hosts with systemd, over ssh, with traffic that must not be lost."""
     return lab_tests(context, test_files("lab"))
@@ -396,7 +396,7 @@ def molecule(context):
     context.run([tool(context, "molecule"), "test"], cwd=root, env=env)
 
 
-@check("kernel", timeout=720, cores=2)
+@check("kernel", timeout=1200, cores=2)
 def kernel(context):
     """The same with the kernel's WireGuard, in an emulated machine."""
     need_root()
