@@ -73,7 +73,11 @@ class System:
 
     def ip_answers(self, family, lines):
         """stdout of many ``ip`` queries in one process; a query that fails gives no line."""
-        return self.try_run(["ip", FAMILY_OPTION[family], "-o", "-force", "-batch", "-"], data="".join(line + "\n" for line in lines))[1]
+        if not lines:
+            # Without input of its own ``ip -batch -`` would wait for that of the terminal, where ssh gave the module one.
+            return ""
+        data = "".join(line + "\n" for line in lines)
+        return self.try_run(["ip", FAMILY_OPTION[family], "-o", "-force", "-batch", "-"], data=data)[1]
 
     def link(self, name):
         """One object of ``ip -d link show``, or None."""
