@@ -178,8 +178,7 @@ def apply_present(system, wanted, plan):
     interface = wanted["interface"]
     for step in plan["early_files"]:
         apply_file_step(step)
-    if plan["early_files"]:
-        tell_managers(system, interface, plan)
+    tell_managers(system, interface, plan)
     for step in plan["link"]:
         if step["op"] == "create_link":
             create_link(system, interface, step["implementation"])
@@ -203,13 +202,16 @@ def apply_present(system, wanted, plan):
 
 
 def tell_managers(system, interface, plan):
-    """Make networkd, NetworkManager and systemd read the files that keep them away from the device, before it exists."""
+    """Make networkd, NetworkManager and systemd read the files that keep them away from the device, before it exists.
+
+    Also where the files are there already: the run that wrote them may have ended before it said so.
+    """
     paths = {step["path"] for step in plan["early_files"]}
-    if _persist.USERSPACE_UNIT_FILE in paths:
-        system.run(["systemctl", "daemon-reload"])
-    if _persist.NETWORKMANAGER_CONF in paths and system.unit("NetworkManager.service")["active"]:
-        system.try_run(["nmcli", "general", "reload", "conf"])
     creates = any(step["op"] == "create_link" for step in plan["link"])
+    if _persist.USERSPACE_UNIT_FILE in paths or any(step.get("implementation") == "userspace" for step in plan["link"]):
+        system.run(["systemctl", "daemon-reload"])
+    if (creates or _persist.NETWORKMANAGER_CONF in paths) and system.unit("NetworkManager.service")["active"]:
+        system.try_run(["nmcli", "general", "reload", "conf"])
     # Only where a file of somebody's would catch the device: a reload also makes networkd take up whatever else was edited.
     if creates and system.unit("systemd-networkd.service")["active"] and caught_by(interface):
         system.run(["networkctl", "reload"])
@@ -248,9 +250,18 @@ def apply_link_step(system, interface, step):
         system.run(["ip", "addr", "del", step["address"], "dev", interface])
 
 
+def sysctls_before():
+    """{sysctl: value} as it was before the mesh. A file that somebody damaged says nothing, and must not stop anything."""
+    try:
+        found = json.loads(read_text(SYSCTL_BEFORE) or "{}")
+    except ValueError:
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
 def remember_sysctls(steps, interface):
     """Keep the values that other devices had before the mesh, once; the mesh device's own go with it."""
-    before = json.loads(read_text(SYSCTL_BEFORE) or "{}")
+    before = sysctls_before()
     new = {
         step["name"]: step["before"] for step in steps
         if step["before"] is not None and step["name"] not in before and not is_generation(step["name"].split("/")[3], interface)}
@@ -264,7 +275,7 @@ def plan_absent(system, interface, current):
     units = [
         {"op": "disable_unit", "unit": unit}
         for unit in _persist.boot_units(interface, "none") if system.unit(unit)["enabled"]]
-    before = json.loads(read_text(SYSCTL_BEFORE) or "{}")
+    before = sysctls_before()
     return {
         "units": units,
         "link": [{"op": "remove_link"}] if link is not None else [],

@@ -16,7 +16,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System
-from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.ip_fakes import TABLE_MAIN, Node, instead_of_the_kernel
+from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.node_fakes import TABLE_MAIN, Node, instead_of_the_kernel
 
 TABLE = 51840
 SOURCES = {"ipv4": "198.18.0.11", "ipv6": "2001:db8::b"}

@@ -14,7 +14,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh, _
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.modules import routes
-from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.ip_fakes import TABLE_MAIN, Node, instead_of_the_kernel
+from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.node_fakes import TABLE_MAIN, Node, instead_of_the_kernel
 
 TABLE = 51840
 

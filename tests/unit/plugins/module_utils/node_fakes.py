@@ -12,12 +12,13 @@ changes something is kept in ``changes``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ipaddress
 import json
 import os
 from unittest import mock
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _conntrack, _routes, _rules_netlink
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _conntrack, _routes, _rules_netlink, _system, _wg_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
@@ -53,6 +54,7 @@ class Node:
         self.changes = []
         self.warnings = []
         self.hooks = []  # functions that look at each change before it is made
+        self.forgotten = []  # functions that are told of a link that went
 
     # --- what System uses of a module ----------------------------------------------------------------------------------------------
 
@@ -224,6 +226,14 @@ class Node:
     def add_link(self, name, kind="", addresses=(), **other):
         self.links[name] = dict({"kind": kind, "mtu": 1500, "up": True, "mode": "eui64", "addresses": list(addresses)}, **other)
 
+    def remove_link(self, name):
+        del self.links[name]
+        for table in self.routes.values():
+            for dst in [dst for dst, route in table.items() if route["dev"] == name]:
+                del table[dst]
+        for forget in self.forgotten:
+            forget(name)
+
     def _link(self, words):
         name = words[2]
         if words[0] == "add":
@@ -236,10 +246,7 @@ class Node:
             raise Refused('Cannot find device "%s"' % name)
         self._change("ip link", *words)
         if words[0] == "del":
-            del self.links[name]
-            for table in self.routes.values():
-                for dst in [dst for dst, route in table.items() if route["dev"] == name]:
-                    del table[dst]
+            self.remove_link(name)
         elif words[3] == "mtu":
             self.links[name]["mtu"] = int(words[4])
         elif words[3] == "up":
@@ -272,6 +279,98 @@ class Node:
             self.units.setdefault(name, {}).update(enabled=False, active=False if "--now" in words else self.units[name].get("active"))
         elif words[0] in ("start", "stop"):
             self.units.setdefault(name, {})["active"] = words[0] == "start"
+            self._unit_of_a_device(words[0] == "start", *name.split(".")[0].partition("@")[::2])
         elif words[0] != "daemon-reload":
             raise AssertionError(" ".join(words))
         return ""
+
+    def _networkctl(self, words, data):
+        self._change("networkctl", *words)
+        return ""
+
+    def _nmcli(self, words, data):
+        self._change("nmcli", *words)
+        return ""
+
+
+    def _unit_of_a_device(self, starts, unit, device):
+        """What units do to a device: a userspace WireGuard has one while it runs, and wg-quick takes its own down."""
+        if starts and unit == "kubemesh-userspace":
+            self.add_link(device, "tun", up=False, mtu=1420)
+        elif not starts and unit in ("kubemesh-userspace", "wg-quick") and device in self.links:
+            self.remove_link(device)
+
+
+class Files:
+    """Files and sysctls of a node, in memory. Every change goes through the hooks of the node, as its commands do."""
+
+    def __init__(self, node):
+        self.node = node
+        self.content = {}  # {path: (text, mode)}
+        self.sysctls = {}
+        node.forgotten.append(self.forget)
+
+    def forget(self, device):
+        """The sysctls of a device go with it."""
+        self.sysctls = {name: value for name, value in self.sysctls.items() if name.split("/")[3] != device}
+
+    def read_text(self, path):
+        return self.content[path][0] if path in self.content else None
+
+    def file_mode(self, path):
+        return self.content[path][1] if path in self.content else None
+
+    def write_text(self, path, text, mode):
+        self.node._change("write", path)
+        self.content[path] = (text, mode)
+
+    def remove_file(self, path):
+        if path in self.content:
+            self.node._change("remove", path)
+            del self.content[path]
+
+    def read_sysctl(self, name):
+        device = name.split("/")[3]
+        if device in ("all", "default") or device in self.node.links:
+            return self.sysctls.get(name, "1" if name.endswith("rp_filter") else "0")
+        return None
+
+    def write_sysctl(self, name, value):
+        if self.read_sysctl(name) is None:
+            raise MeshError("sysctl %s=%s was refused" % (name, value))
+        self.node._change("sysctl", name, value)
+        self.sysctls[name] = value
+
+    def stand_in(self, monkeypatch, *modules):
+        """Replace what touches files in `_system` and in modules that imported it."""
+        monkeypatch.setattr(_system, "file_mode", self.file_mode)
+        monkeypatch.setattr(_system, "remove_file", self.remove_file)
+        for module in (_system,) + modules:
+            for name in ("read_text", "write_text", "read_sysctl", "write_sysctl", "remove_file"):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, getattr(self, name))
+            if hasattr(module, "remove_empty_folders"):
+                monkeypatch.setattr(module, "remove_empty_folders", lambda paths: None)
+
+
+class WireGuard:
+    """The WireGuard devices of a node; `client_for` gives what `_wg.client_for` would."""
+
+    def __init__(self, node):
+        self.node = node
+        self.states = {}
+        node.forgotten.append(lambda name: self.states.pop(name, None))
+
+    def client_for(self, name, wait=0.0, run_command=None):
+        if name not in self.node.links:
+            raise MeshError("device %s does not exist" % name)
+        return self
+
+    def read(self, name):
+        state = self.states.get(name) if name in self.node.links else None
+        return copy.deepcopy(state or _wg_plan.empty_state(name))
+
+    def apply(self, name, steps):
+        for step in steps:
+            self.node._change("wg", step["op"], step.get("public_key") or "")
+            self.states[name] = _wg_plan.apply_to_state(self.read(name), step)
