@@ -23,12 +23,14 @@ from cases.modules import name_of
 KEEP = pathlib.Path("/var/lib/kubemesh-test")
 AT_KUBELET = "/var/lib/kubemesh-test/at-kubelet"
 
+# KeepConfiguration: without it networkd 252 takes the addresses away for 0.1 s when it starts again, mesh or not.
 NETWORK = {
     "20-underlay.netdev": "[NetDev]\nName=underlay\nKind=bridge\nMACAddress=02:00:00:00:00:11\n[Bridge]\nSTP=no\nForwardDelaySec=0\n",
     "20-underlay.network": """[Match]
 Name=underlay
 [Network]
 ConfigureWithoutCarrier=yes
+KeepConfiguration=static
 LinkLocalAddressing=ipv6
 IPv6AcceptRA=no
 Address=198.18.0.11/24
@@ -47,6 +49,7 @@ Gateway=2001:db8::12
 Name=cni0
 [Network]
 ConfigureWithoutCarrier=yes
+KeepConfiguration=static
 IPv6AcceptRA=no
 Address=10.244.1.1/24
 [Address]
