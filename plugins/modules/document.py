@@ -109,7 +109,11 @@ def wanted_text(params, text):
     if params["state"] == "absent":
         return None
     if params["src"]:
-        return read_text(params["src"])
+        wanted = read_text(params["src"])
+        # None would mean to remove the document that is there.
+        if wanted is None:
+            raise MeshError("src: %s is not there" % params["src"])
+        return wanted
     if params["sha256"] and text is not None and hashlib.sha256(text.encode("utf-8")).hexdigest() == params["sha256"]:
         return text
     raise MeshError("src: the mesh document is needed for state=present")
@@ -126,8 +130,9 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
-    text, before = document_there(params["path"])
+    before = None
     try:
+        text, before = document_there(params["path"])
         wanted = wanted_text(params, text)
         after = load_document(wanted) if wanted is not None else None
         changed = wanted != text
@@ -138,7 +143,7 @@ def main():
             else:
                 write_text(params["path"], wanted, MODE)
     except MeshError as exc:
-        if params["state"] == "present" and not params["src"]:
+        if params["state"] == "present" and params["sha256"] and not params["src"]:
             module.exit_json(changed=True, needed=True, serial=None, previous_serial=before["serial"] if before else None)
         module.fail_json(msg=str(exc))
     result = {
