@@ -154,12 +154,7 @@ def endpoints_in(text):
 def wg_quick_text(device):
     """``/etc/wireguard/DEVICE.conf``; routes and rules are not wg-quick's business (Table = off)."""
     lines = ["[Interface]"]
-    lines += ["Address = %s" % address for address in device["addresses"]]
-    if any(":" in address for address in device["addresses"]):
-        # Where IPv6 is off for new devices, the addresses would be refused and nothing would come up. sysctl.d comes too late: it is
-        # read before there is a device, or while it gets its addresses.
-        switch = "/proc/sys/net/ipv6/conf/%i/disable_ipv6"
-        lines.append("PreUp = grep -q 0 %s || echo 0 > %s" % (switch, switch))
+    lines += ["Address = %s" % address for address in device["addresses"] if ":" not in address]
     lines += [
         "ListenPort = %d" % device["listen_port"],
         "FwMark = 0x%x" % device["fwmark"],
@@ -168,6 +163,13 @@ def wg_quick_text(device):
         # wg(8): the key from its own file, so that it is in no other; a file is read, nothing is on a command line.
         "PostUp = wg set %%i private-key %s" % device["private_key_file"],
     ]
+    ipv6 = [address for address in device["addresses"] if ":" in address]
+    if ipv6:
+        # Where IPv6 is off for new devices, wg-quick's own addresses would be refused and nothing would come up. sysctl.d comes too late,
+        # and PreUp too early: there is no device yet.
+        switch = "/proc/sys/net/ipv6/conf/%i/disable_ipv6"
+        lines.append("PostUp = grep -q 0 %s || echo 0 > %s" % (switch, switch))
+        lines += ["PostUp = ip -6 address add %s dev %%i nodad" % address for address in ipv6]
     return HEADER + "\n".join(lines + peer_lines(device)) + "\n"
 
 

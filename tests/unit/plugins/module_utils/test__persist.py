@@ -165,11 +165,12 @@ def test_wg_quick_file():
     text = persist.wg_quick_text(device())
     dummy, values = sections(text)[0]
     assert values == [
-        ("Address", "198.18.0.11/32"), ("Address", "2001:db8::b/128"), ("Address", "fe80::1234/64"),
-        ("PreUp", "grep -q 0 /proc/sys/net/ipv6/conf/%i/disable_ipv6 || echo 0 > /proc/sys/net/ipv6/conf/%i/disable_ipv6"),
-        ("ListenPort", "51840"), ("FwMark", "0x1000"), ("MTU", "1420"), ("Table", "off"),
-        ("PostUp", "wg set %i private-key /etc/wireguard/wgmesh0.key")]
-    assert "PreUp" not in persist.wg_quick_text(device(addresses=["198.18.0.11/32"])), "a node without IPv6 has no such file"
+        ("Address", "198.18.0.11/32"), ("ListenPort", "51840"), ("FwMark", "0x1000"), ("MTU", "1420"), ("Table", "off"),
+        ("PostUp", "wg set %i private-key /etc/wireguard/wgmesh0.key"),
+        ("PostUp", "grep -q 0 /proc/sys/net/ipv6/conf/%i/disable_ipv6 || echo 0 > /proc/sys/net/ipv6/conf/%i/disable_ipv6"),
+        ("PostUp", "ip -6 address add 2001:db8::b/128 dev %i nodad"), ("PostUp", "ip -6 address add fe80::1234/64 dev %i nodad")]
+    assert "PreUp" not in text, "it runs before there is a device"
+    assert "ipv6" not in persist.wg_quick_text(device(addresses=["198.18.0.11/32"])), "a node without IPv6 has no such file"
     assert "# behind-nat\n[Peer]" in text
 
 
