@@ -302,7 +302,7 @@ def units():
 
 
 def test_there_are_scripts():
-    assert len(scripts()) == 9
+    assert len(scripts()) == 11
 
 
 @pytest.mark.parametrize("name", sorted(scripts()))
