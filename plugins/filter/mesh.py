@@ -80,7 +80,7 @@ def mismatch_findings(missing):
     """Findings about names: hosts of this run without a Node object would get no peers, nodes without a host stay in clear."""
     found, suggestions = [], missing.get("suggestions") or {}
     for host in missing.get("hosts_without_node") or []:
-        close = "; most likely it is %s" % suggestions[host] if host in suggestions else ""
+        close = ", most likely it is %s" % suggestions[host] if host in suggestions else ""
         found.append(dict(
             finding("error", "host %s: the cluster has no node of this name%s" % (host, close)),
             remedy="set mesh_node_name of this host to the name of its Node object, or leave the host out of the run"))

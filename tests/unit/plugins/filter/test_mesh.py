@@ -1,0 +1,187 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("ansible.errors")
+yaml = pytest.importorskip("yaml")
+from ansible.errors import AnsibleFilterError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ansible_collections.kubemesh.wireguard.plugins.filter import mesh as plugin
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
+
+FILTERS = plugin.FilterModule().filters()
+FOLDER = os.path.dirname(os.path.abspath(plugin.__file__))
+KEY = "B" * 42 + "A="
+
+
+def documentation(name):
+    with open(os.path.join(FOLDER, name + ".yml"), encoding="utf-8") as handle:
+        return yaml.safe_load(handle)
+
+
+# --- documentation -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", sorted(FILTERS))
+def test_filters_are_documented(name):
+    """Each in a file of its own, with the arguments that the function takes, in their order."""
+    code = FILTERS[name].__code__
+    arguments = code.co_varnames[:code.co_argcount]
+    docs = documentation(name)
+    options = docs["DOCUMENTATION"]["options"]
+    positional = docs["DOCUMENTATION"].get("positional") or ""
+    if isinstance(positional, str):
+        positional = [word.strip() for word in positional.split(",") if word.strip()]
+    assert docs["DOCUMENTATION"]["name"] == name and len(options) == len(arguments) and "_input" in options
+    assert positional == [argument for argument in arguments[1:] if argument in positional]
+    assert set(options) - {"_input"} == set(arguments[1:])
+    optional = arguments[len(arguments) - len(FILTERS[name].__defaults__ or ()):]
+    for argument in arguments[1:]:
+        assert bool(options[argument].get("required")) == (argument not in optional), argument
+    assert "kubemesh.wireguard." + name in docs["EXAMPLES"] and docs["RETURN"]["_value"]["description"]
+    assert "role" in str(docs["DOCUMENTATION"]["description"]), "made for the role, and says so"
+
+
+def test_every_documented_filter_exists():
+    documented = {name[:-4] for name in os.listdir(FOLDER) if name.endswith(".yml")}
+    assert set(FILTERS) <= documented
+    assert documented - set(FILTERS) == {"findings_table"}, "that one has a file of its own"
+
+
+# --- batches and progress ----------------------------------------------------------------------------------------------------------------
+
+def test_batches():
+    assert FILTERS["batches"](list("abcde"), [1, "50%"]) == [["a"], ["b", "c"], ["d", "e"]]
+    with pytest.raises(AnsibleFilterError, match="mesh_batch: 'x' is not a number"):
+        FILTERS["batches"](["a"], ["x"])
+
+
+def test_problems_of_a_batch():
+    hostvars = {"a": {}, "b": {"__mesh_batch_problem": "Send: failed"}, "c": {}, "d": {"__mesh_batch_problem": ""}}
+    assert FILTERS["batch_problems"](["a", "b", "c", "d"], ["a", "b", "d"], hostvars) == {
+        "b": "Send: failed", "c": "it failed or became unreachable"}
+    assert FILTERS["batch_problems"](["a"], ["a"], hostvars) == {}
+
+
+def test_progress():
+    hostvars = {"a": {"__mesh_proved_again": {"proven_count": 4, "peer_count": 5}}, "b": {"__mesh_proved_again": {"proven_count": "5",
+                                                                                                           "peer_count": "5"}}, "c": {}}
+    assert FILTERS["progress"](2, 4, ["a", "b"], hostvars, "100", 160) == "2 of 4 nodes done, 9 of 10 peers proven, about 61 s left"
+    assert FILTERS["progress"](4, 4, ["c"], hostvars, 100, 160) == "4 of 4 nodes done, 0 of 0 peers proven"
+    assert FILTERS["progress"](1, 1, ["a"], {"a": {"__mesh_proved_again": None}}, 0, 0).startswith("1 of 1")
+
+
+def test_mesh_table():
+    info = {"node": "worker-1", "device": None, "sending": False, "peers": [], "warnings_of_mesh": ["something"]}
+    hostvars = {"w1": {"__info": info}, "w2": {"__info": {"failed": True, "msg": "no ip"}}, "w3": {}}
+    lines = FILTERS["mesh_table"](["w1", "w2", "w3"], hostvars, "__info")
+    assert lines == ["worker-1: no mesh device, does not send through the mesh, no peers", "  something", "", "w2: no ip", "",
+                     "w3: not reached", ""]
+    peer = {"name": "b", "endpoint": None, "handshake_age": 1, "rx_bytes": 0, "tx_bytes": 0, "state": "encrypted", "addresses": [],
+            "reason": ""}
+    hostvars["w1"]["__info"] = dict(info, peers=[peer], warnings_of_mesh=[])
+    assert len(FILTERS["mesh_table"](["w1"], hostvars, "__info")) == 4
+    assert len(FILTERS["mesh_table"](["w1"], hostvars, "__info", True)) == 2
+    assert "__mesh" not in hostvars["w1"]["__info"] and hostvars["w1"]["__info"]["node"] == "worker-1"
+
+
+# --- membership --------------------------------------------------------------------------------------------------------------------------
+
+COMPUTED = {"source": "kubectl", "source_reason": "asked for", "serial": 7, "counts": {"pending": 1, "member": 3, "excluded": 0},
+            "pending": {"b": "no key"}, "excluded": {"win": "Windows"}, "changes": ["node b joined: pending"]}
+
+
+def test_membership_lines():
+    assert FILTERS["membership_lines"](COMPUTED) == [
+        "nodes from kubectl: asked for", "mesh document 7: 3 member, 1 pending", "pending b: no key", "excluded win: Windows",
+        "node b joined: pending"]
+    empty = dict(COMPUTED, counts={}, pending={}, excluded={}, changes=[])
+    assert FILTERS["membership_lines"](empty)[1:] == ["mesh document 7: no nodes"]
+
+
+@given(st.lists(st.text(max_size=20), unique=True, min_size=1, max_size=20))
+def test_stand_in_keys(names):
+    """Public keys as WireGuard has them, another for each node and the same in each run."""
+    keys = [FILTERS["stand_in_key"](name) for name in names]
+    assert len(set(keys)) == len(names)
+    for key in keys:
+        assert _mesh.canonical_public_key(key) == key
+        assert _mesh.probe_address(key)
+    assert keys == [FILTERS["stand_in_key"](name) for name in names]
+
+
+def test_first_of_each():
+    values = {"a": "one", "b": "two", "c": "one", "d": None, "e": "", "f": "three"}
+    assert FILTERS["first_of_each"](values) == ["a", "b", "f"]
+    assert FILTERS["first_of_each"]({}) == []
+
+
+def entry(key, **other):
+    return dict({"state": "member", "reason": "", "uid": "", "public_keys": {"0": key}, "endpoints": {}, "pod_cidrs": [],
+                 "node_addresses": [], "probe_addresses": {"0": _mesh.probe_address(key)}, "mtu": None, "keepalive": 0}, **other)
+
+
+def test_members_outside(tmp_path):
+    """Members of any document that have a key, whatever this run can see."""
+    nodes = {"a": entry(KEY), "b": entry("C" * 42 + "A="),
+             "no-key": entry(KEY, public_keys={}, probe_addresses={}, state="pending", reason="x"),
+             "out": entry("D" * 42 + "A=", state="excluded", reason="x"), "new": entry("E" * 42 + "A=", state="pending", reason="no CIDR")}
+    paths = []
+    for number, names in enumerate((["a", "b"], ["a", "no-key", "out", "new"])):
+        doc = {"schema": 1, "serial": 1, "complete": True, "ports": {"0": 1, "1": 2}, "nodes": {name: nodes[name] for name in names}}
+        path = tmp_path / ("%d.json" % number)
+        path.write_bytes(_mesh.document_bytes(_mesh.validate_document(doc)))
+        paths.append(str(path))
+    assert FILTERS["members_outside"](paths, ["a"]) == ["b", "new"]
+    assert FILTERS["members_outside"](paths, ["a", "b", "new"]) == [] == FILTERS["members_outside"]([], ["a"])
+    (tmp_path / "bad.json").write_text("{")
+    for path in (str(tmp_path / "bad.json"), str(tmp_path / "none.json")):
+        with pytest.raises(AnsibleFilterError, match="cannot be used"):
+            FILTERS["members_outside"]([path], [])
+
+
+def test_silent_nodes():
+    computed = {"members": ["a", "b", "c"], "pending": {"d": "no key"}}
+    hostvars = {
+        "ha": {"__mesh_name": "a", "__mesh_local": {"listener": {"ports": [51840]}}},
+        "hb": {"__mesh_name": "b", "__mesh_local": {"listener": {"ports": []}}},
+        "hc": {"__mesh_name": "c", "__mesh_local": None}}
+    assert FILTERS["silent_nodes"](computed, ["ha", "hb", "hc"], hostvars) == ["b", "c", "d"]
+    assert FILTERS["silent_nodes"](computed, [], hostvars) == ["a", "b", "c", "d"]
+
+
+def test_all_findings():
+    finding = {"level": "error", "check": "port", "node": "a", "value": "", "message": "taken", "remedy": "stop it"}
+    hostvars = {"ha": {"__mesh_local": {"findings": [finding]}, "__mesh_between": {"findings": [dict(finding, check="mtu")]},
+                       "__mesh_computed": {"warnings": ["something is odd; look there"], "missing": {
+                           "hosts_without_node": ["ha"], "suggestions": {"ha": "a.example"}, "not_in_inventory": ["ghost"]}}},
+                "hb": {}}
+    found = FILTERS["all_findings"](["ha", "hb"], hostvars)
+    assert [(item["level"], item["check"]) for item in found] == [
+        ("error", "port"), ("error", "mtu"), ("warning", "node list"), ("error", "node list"), ("warning", "node list")]
+    assert (found[2]["message"], found[2]["remedy"]) == ("something is odd", "look there")
+    assert "most likely it is a.example" in found[3]["message"] and "ghost" in found[4]["message"]
+    assert all(set(item) == set(finding) for item in found), "as findings_table takes them"
+
+
+@pytest.mark.parametrize("failed,messages", [
+    ({"msg": "no source; give one"}, ["no source"]), ({"problems": ["a; b", "c"], "msg": "x"}, ["a", "c"]),
+    ({"rc": 1}, ["the node list cannot be read"])])
+def test_findings_of_a_node_list_that_failed(failed, messages):
+    found = FILTERS["all_findings"](["a"], {"a": {"__mesh_membership_failed": failed}})
+    assert [item["message"] for item in found] == messages and {item["level"] for item in found} == {"error"}
+
+
+def test_unknown_variables():
+    known = ["mesh_port", "mesh_table", "mesh_interface"]
+    assert FILTERS["unknown_variables"](["mesh_port", "mesh_ports", "mesh_xyzzy", "mesh_table"], known) == [
+        "mesh_ports: there is no such variable; did you mean mesh_port?", "mesh_xyzzy: there is no such variable"]
+    assert FILTERS["unknown_variables"](known, known) == []

@@ -1,0 +1,121 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The variables of the role in the four places that name them: specs, defaults, the list of known ones, and where they are used."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import re
+
+import pytest
+
+yaml = pytest.importorskip("yaml")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+ROLE = REPOSITORY / "roles" / "mesh"
+# mesh_hosts belongs to the playbooks, mesh_node_facts is what the role keeps of a node.
+NOT_OF_THE_SPECS = {"mesh_hosts", "mesh_node_facts"}
+
+
+def load(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+SPECS = load(ROLE / "meta" / "argument_specs.yml")["argument_specs"]
+DEFAULTS = load(ROLE / "defaults" / "main.yml")
+KNOWN = load(ROLE / "vars" / "main.yml")["__mesh_known_variables"]
+OPTIONS = {name: option for spec in SPECS.values() for name, option in spec["options"].items()}
+
+
+def is_template(value):
+    return isinstance(value, str) and "{{" in value
+
+
+def test_known_variables_are_those_of_the_specs():
+    assert set(KNOWN) == set(OPTIONS) | NOT_OF_THE_SPECS
+    assert sorted(KNOWN) == KNOWN and len(set(KNOWN)) == len(KNOWN)
+
+
+def test_every_option_is_one_of_main():
+    """The other entry points take some of the same variables, and describe them alike."""
+    for name, spec in SPECS.items():
+        assert set(spec["options"]) <= set(SPECS["main"]["options"]), name
+        for option, described in spec["options"].items():
+            assert described == SPECS["main"]["options"][option], (name, option)
+
+
+def test_defaults_agree():
+    given = {name: value for name, value in DEFAULTS.items() if not is_template(value)}
+    described = {name: option["default"] for name, option in OPTIONS.items() if "default" in option}
+    assert given == described
+    assert set(DEFAULTS) <= set(OPTIONS)
+
+
+def test_what_a_template_gives_is_described():
+    for name, value in DEFAULTS.items():
+        if is_template(value):
+            assert "The default is" in " ".join(OPTIONS[name]["description"]), name
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_defaults_are_allowed_values(name):
+    option = OPTIONS[name]
+    assert option["description"] and option["type"]
+    if "default" in option:
+        assert "required" not in option
+        for value in option["default"] if option["type"] == "list" else [option["default"]]:
+            assert value in option.get("choices", [value])
+
+
+def used_in(path):
+    """Names that look like variables of the role; names of filters and modules have a dot before them."""
+    return set(re.findall(r"(?<![\w.])mesh_[a-z_]+(?!\w)", path.read_text(encoding="utf-8")))
+
+
+FILES = sorted((ROLE / "tasks").glob("*.yml")) + sorted((REPOSITORY / "playbooks").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_only_known_variables_are_used(path):
+    assert used_in(path) <= set(KNOWN)
+
+
+def test_every_variable_is_used():
+    used = set().union(*map(used_in, FILES))
+    # Those that hosts have are read by the action part of `peers`.
+    action = (REPOSITORY / "plugins" / "module_utils" / "_membership.py").read_text(encoding="utf-8")
+    unused = {name for name in set(OPTIONS) - used if '"%s"' % name not in action}
+    assert unused == set()
+
+
+def entry_points():
+    """Entry points that tasks files and playbooks name."""
+    found = set()
+    for path in (REPOSITORY / "playbooks").glob("*.yml"):
+        found |= set(re.findall(r"tasks_from: (\w+)", path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_entry_points_have_specs_and_tasks():
+    tasks = {path.stem for path in (ROLE / "tasks").glob("*.yml")}
+    assert set(SPECS) <= tasks
+    assert entry_points() <= set(SPECS), "what a playbook calls checks its variables"
+
+
+@pytest.mark.parametrize("module,options", [
+    ("routes", {"table": "mesh_table", "rule_priority": "mesh_rule_priority", "fwmark": "mesh_fwmark", "encrypt": "mesh_encrypt"}),
+    ("interface", {"fwmark": "mesh_fwmark", "implementation": "mesh_implementation", "persistence": "mesh_persistence"}),
+    ("mesh_info", {"table": "mesh_table"})])
+def test_modules_have_the_same_defaults(module, options):
+    documentation = importlib.import_module("ansible_collections.kubemesh.wireguard.plugins.modules." + module).DOCUMENTATION
+    described = yaml.safe_load(documentation)["options"]
+    for option, variable in options.items():
+        assert described[option]["default"] == DEFAULTS[variable], option
+
+
+def test_the_device_of_generation_0_is_the_default_of_modules():
+    described = yaml.safe_load(importlib.import_module("ansible_collections.kubemesh.wireguard.plugins.modules.interface").DOCUMENTATION)
+    assert described["options"]["name"]["default"] == DEFAULTS["mesh_interface"] + "0"
