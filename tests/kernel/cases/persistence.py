@@ -124,7 +124,7 @@ def check_restored(env, lab):
     assert seen.count("lookup 51840") == 2, "a rule of one family was missing when kubelet started: %s" % seen
     result = lab.modules("probe", node=name_of, require="all")
     assert all(one["proven_count"] == 1 for one in result.values())
-    with lab.sniffer("n2") as sniffer, lab.pinger(("pod-pod", "host-pod")) as pinger:
+    with lab.sniffer("n2") as sniffer, lab.pinger(("pod-pod", "host-pod"), rate=10) as pinger:
         time.sleep(1)
         report, seen = pinger.stop(), sniffer.stop()
     assert report["lost"] == 0, report["flows"]
@@ -174,7 +174,7 @@ def case_1_set_up_with_wg_quick(env):
     (KEEP / "keys.json").write_text(json.dumps(keys))
     (KEEP / "worker-2.key").write_text(peer.read("/etc/wireguard/wgmesh0.key"))
     lab.distribute(lab.document({"0": keys}))
-    with lab.pinger(("pod-pod",)) as pinger:
+    with lab.pinger(("pod-pod",), rate=10) as pinger:
         lab.module(machine, "interface", node="worker-1", persistence="wg-quick")
         lab.module(peer, "interface", node="worker-2", persistence="none")
         lab.modules("probe", node=name_of, require="all")
@@ -202,7 +202,7 @@ def _after_wg_quick(env):
     lab = start(env)
     machine = check_restored(env, lab)
     unchanged(lab, "wg-quick")
-    with lab.pinger(("pod-pod", "host-pod")) as pinger:
+    with lab.pinger(("pod-pod", "host-pod"), rate=10) as pinger:
         # networkd deletes foreign rules and routes when it starts, unless told not to
         cluster.sh("systemctl", "restart", "systemd-networkd")
         time.sleep(2)
@@ -230,7 +230,7 @@ def _after_networkd(env):
     lab = start(env)
     machine = check_restored(env, lab)
     unchanged(lab, "systemd-networkd")
-    with lab.pinger(("pod-pod", "host-pod")) as pinger:
+    with lab.pinger(("pod-pod", "host-pod"), rate=10) as pinger:
         cluster.sh("systemctl", "restart", "systemd-networkd")
         time.sleep(2)
         for node in lab.nodes:
