@@ -19,6 +19,14 @@ from ansible_collections.kubemesh.wireguard.plugins.action import document, inte
 TEMPORARY = "/remote/tmp/ansible-1"
 
 
+def answer(result):
+    return lambda: result
+
+
+def lose_connection():
+    raise OSError("connection lost")
+
+
 class Task:
     """A task in a run; everything that goes to the node is written down instead."""
 
@@ -45,10 +53,9 @@ class Task:
 
     def _execute_module(self, module_name=None, module_args=None, task_vars=None, wrap_async=False):
         self.log.append(("module", module_name, dict(module_args), wrap_async))
-        answer = self.answers.pop(0) if self.answers else {"changed": False}
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if not self.answers:
+            return {"changed": False}
+        return self.answers.pop(0)()
 
     def run(self):
         with mock.patch("ansible.plugins.action.ActionBase.run", lambda self, tmp=None, task_vars=None: {}):
@@ -69,7 +76,7 @@ def source(tmp_path):
 
 def test_a_node_that_has_it_is_sent_nothing(source):
     task = Task(document, {"src": str(source), "path": "/p"})
-    task.answers = [{"changed": False, "needed": False, "serial": 7}]
+    task.answers = [answer({"changed": False, "needed": False, "serial": 7})]
     assert task.run() == {"changed": False, "needed": False, "serial": 7}
     assert task.modules() == [{"path": "/p", "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}]
     assert not [entry for entry in task.log if entry[0] == "transfer"]
@@ -77,7 +84,7 @@ def test_a_node_that_has_it_is_sent_nothing(source):
 
 def test_a_node_that_needs_it_is_sent_it(source):
     task = Task(document, {"src": str(source)})
-    task.answers = [{"changed": True, "needed": True}, {"changed": True, "serial": 7}]
+    task.answers = [answer({"changed": True, "needed": True}), answer({"changed": True, "serial": 7})]
     assert task.run() == {"changed": True, "serial": 7}
     target = TEMPORARY + "/mesh.json"
     checksum = hashlib.sha256(source.read_bytes()).hexdigest()
@@ -89,7 +96,7 @@ def test_a_node_that_needs_it_is_sent_it(source):
 
 def test_a_first_answer_that_is_a_failure_is_the_result(source):
     task = Task(document, {"src": str(source)})
-    task.answers = [{"failed": True, "msg": "no python"}]
+    task.answers = [answer({"failed": True, "msg": "no python"})]
     assert task.run()["failed"] and len(task.modules()) == 1
 
 
@@ -106,7 +113,7 @@ def test_a_source_that_is_not_there(tmp_path):
 
 def test_what_was_sent_goes_whatever_happens(source):
     task = Task(document, {"src": str(source)})
-    task.answers = [{"needed": True}, OSError("connection lost")]
+    task.answers = [answer({"needed": True}), lose_connection]
     with pytest.raises(OSError, match="connection lost"):
         task.run()
     assert task.log[-1] == ("remove", TEMPORARY)
@@ -161,7 +168,7 @@ def test_async_keeps_its_files(source):
 
 def test_what_travelled_goes_whatever_happens(source):
     task = Task(routes, {"document_src": str(source)}, check_mode=True)
-    task.answers = [OSError("connection lost")]
+    task.answers = [lose_connection]
     with pytest.raises(OSError, match="connection lost"):
         task.run()
     assert task.log[-1] == ("remove", TEMPORARY)

@@ -72,8 +72,9 @@ def test_problems_of_a_batch():
 
 
 def test_progress():
-    hostvars = {"a": {"__mesh_proved_again": {"proven_count": 4, "peer_count": 5}}, "b": {"__mesh_proved_again": {"proven_count": "5",
-                                                                                                           "peer_count": "5"}}, "c": {}}
+    hostvars = {
+        "a": {"__mesh_proved_again": {"proven_count": 4, "peer_count": 5}},
+        "b": {"__mesh_proved_again": {"proven_count": "5", "peer_count": "5"}}, "c": {}}
     assert FILTERS["progress"](2, 4, ["a", "b"], hostvars, "100", 160) == "2 of 4 nodes done, 9 of 10 peers proven, about 61 s left"
     assert FILTERS["progress"](4, 4, ["c"], hostvars, 100, 160) == "4 of 4 nodes done, 0 of 0 peers proven"
     assert FILTERS["progress"](1, 1, ["a"], {"a": {"__mesh_proved_again": None}}, 0, 0).startswith("1 of 1")

@@ -292,7 +292,6 @@ class Node:
         self._change("nmcli", *words)
         return ""
 
-
     def _unit_of_a_device(self, starts, unit, device):
         """What units do to a device: a userspace WireGuard has one while it runs, and wg-quick takes its own down."""
         if starts and unit == "kubemesh-userspace":

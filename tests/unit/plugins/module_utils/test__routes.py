@@ -276,7 +276,8 @@ class Boot:
             (tools / name).chmod(0o755)
         text = live.script_text(self.state, "wgmesh0", "/etc/sysctl.d/x.conf").replace("tries=600", "tries=%d" % tries)
         text = text.replace("/usr/lib/systemd/systemd-sysctl", str(tools / "sysctl")).replace("/lib/systemd/systemd-sysctl", "/none")
-        done = subprocess.run(["sh", "-c", text], env={"PATH": "%s:%s" % (tools, os.environ["PATH"])}, capture_output=True, text=True)
+        path = "%s:%s" % (tools, os.environ["PATH"])
+        done = subprocess.run(["sh", "-c", text], env={"PATH": path}, capture_output=True, text=True, check=False)
         log = self.log.read_text().splitlines() if self.log.exists() else []
         return done, [line for line in log if "addr show" not in line]
 

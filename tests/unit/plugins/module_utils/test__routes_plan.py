@@ -58,7 +58,8 @@ def rules(draw):
 
 states = st.builds(
     lambda some_routes, some_rules: {"routes": sorted(some_routes, key=plan.route_order), "rules": sorted(some_rules, key=plan.rule_order)},
-    st.lists(routes(), unique_by=lambda item: (item["table"], item["dst"])), st.lists(rules(), unique_by=plan.rule_order))
+    st.lists(routes(), unique_by=lambda item: (item["table"], item["dst"]), max_size=6),
+    st.lists(rules(), unique_by=plan.rule_order, max_size=4))
 
 
 def nameless(state):

@@ -368,6 +368,19 @@ def is_ready(host):
     return state["public_key"] == key(1) and {key(2), key(3)} <= set(state["peers"]) and link["mode"] == "none"
 
 
+def killing(host, place, then):
+    """A hook that ends the run before its change of that number."""
+    seen = []
+
+    def hook(node, text):
+        assert is_ready(host) or then == "absent"
+        seen.append(text)
+        if len(seen) > place:
+            raise Killed
+
+    return hook
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("then", ["present", "absent"])
 def test_a_run_may_end_anywhere_and_the_next_one_finishes(host, run, way, then):
@@ -377,15 +390,7 @@ def test_a_run_may_end_anywhere_and_the_next_one_finishes(host, run, way, then):
     saved = host.save()
     for place in range(80):
         host.restore(saved)
-        seen = []
-
-        def hook(node, text, seen=seen, place=place):
-            assert is_ready(host) or then == "absent"
-            seen.append(text)
-            if len(seen) > place:
-                raise Killed
-
-        host.node.hooks = [hook]
+        host.node.hooks = [killing(host, place, then)]
         try:
             run(**arguments)
             killed = False

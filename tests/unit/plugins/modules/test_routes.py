@@ -18,6 +18,7 @@ from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.node
 
 TABLE = 51840
 
+
 class Killed(BaseException):
     """The run ends here, whatever it was doing."""
 
