@@ -126,7 +126,8 @@ def plan_present(system, wanted, host, current, check_mode):
     before, after = _link_plan.plan_link(link, wanted)
     files = plan_files(_persist.boot_files(wanted, host))
     # The sysctls as well: udev applies them to a device the moment that it appears, and a glob of somebody else's would be the last word.
-    early = {_persist.SYSCTL_FILE, _persist.NETWORKD_CONF, _persist.NETWORKMANAGER_CONF, _persist.USERSPACE_UNIT_FILE, _persist.paths_of(interface)["network"]}
+    early = {_persist.SYSCTL_FILE, _persist.NETWORKD_CONF, _persist.NETWORKMANAGER_CONF, _persist.USERSPACE_UNIT_FILE}
+    early.add(_persist.paths_of(interface)["network"])
     paths = _persist.paths_of(interface)
     last_text = read_text(paths["wg_quick"]) or read_text(paths["setconf"]) or ""
     device = {

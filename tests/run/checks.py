@@ -374,6 +374,9 @@ def live(context):
     return pytest(context, *test_files("live"), pythonpath=[tree(context).parents[2]])
 
 
+LAB_MORE = ("test_faults.py", "test_variants.py")
+
+
 def lab_tests(context, files):
     """pytest on lab tests, with the installed artifact as the collection that the playbooks come from."""
     need_root()
@@ -384,7 +387,13 @@ def lab_tests(context, files):
 @check("lab", timeout=2700, cores=2)
 def lab(context):
     """The collection on hosts with systemd, over ssh, with traffic that must not be lost."""
-    return lab_tests(context, test_files("lab"))
+    return lab_tests(context, [path for path in test_files("lab") if path.name not in LAB_MORE])
+
+
+@check("lab-more", timeout=2700, cores=2)
+def lab_more(context):
+    """Other clusters, and hosts and batches that fail."""
+    return lab_tests(context, [path for path in test_files("lab") if path.name in LAB_MORE])
 
 
 @check("molecule", timeout=600, cores=2)
