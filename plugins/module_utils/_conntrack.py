@@ -14,8 +14,11 @@ A connection whose source was translated to a *given* address has no such memory
 to change devices is replaced, before the switch, by itself: the same tuples, mark, zone, labels, helper, state and time-out, translated to
 the very address and port it has now. Delete and create travel in one netlink message; the kernel handles them back to back.
 
-In the microsecond between them a packet may find no connection. `_conntrack_guard` drops it where it is TCP, so that it is sent again and
-not answered by a reset; where it is not, that packet is lost, and what it left behind is removed.
+A dump takes milliseconds, on busy nodes a second. What begins meanwhile is told by the kernel as it begins, and is replaced last, so that
+a switch right after it meets as good as no connection that remembers the old device.
+
+In the microsecond between delete and create a packet may find no connection. `_conntrack_guard` drops it where it is TCP, so that it is
+sent again and not answered by a reset; where it is not, that packet is lost, and what it left behind is removed.
 
 What the kernel does not let us set starts anew: counters, the time at which the connection began, and the sequence window of TCP. For the
 window the connection is marked liberal, so that no packet of it is judged invalid (kube-proxy drops those). An FTP helper is kept; what it
@@ -53,6 +56,8 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._nfnetlink impo
 )
 
 NFNL_SUBSYS_CTNETLINK = 1
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
+NFNLGRP_CONNTRACK_NEW = 1
 IPCTNL_MSG_CT_NEW = 0
 IPCTNL_MSG_CT_GET = 1
 IPCTNL_MSG_CT_DELETE = 2
@@ -106,6 +111,10 @@ IPS_CARRIED = IPS_SEEN_REPLY | IPS_ASSURED
 CARRIED_AS_IS = (CTA_HELP, CTA_SEQ_ADJ_ORIG, CTA_SEQ_ADJ_REPLY, CTA_SYNPROXY)
 # Times that a replacement is tried where packets in between made connections of their own.
 TRIES = 4
+# Passes that are added where more connections begin than the kernel can tell of.
+MORE_PASSES = 3
+# Times that the kernel is asked what began while those that had begun were replaced: each is shorter than the one before.
+READS = 4
 
 IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP = 6, 17, 132
 IPPROTO_ICMP, IPPROTO_ICMPV6 = 1, 58
@@ -322,8 +331,8 @@ class Conntrack:
     def close(self):
         self.socket.close()
 
-    def dump(self, family):
-        """Every source-translated connection of an address family (AF_INET, AF_INET6), decoded."""
+    def dump(self, family, known=()):
+        """Every source-translated connection of an address family (AF_INET, AF_INET6) whose id is not known yet, decoded."""
         self.sequence += 1
         # Linux 5.15 and newer filter by status themselves; older ones ignore the attributes and send all, filtered by must_move.
         status = struct.pack("!I", IPS_SRC_NAT)
@@ -338,7 +347,9 @@ class Conntrack:
                 if kind == NLMSG_ERROR:
                     code = error_code(body)
                     raise OSError(code, os.strerror(code))
-                yield decode_connection(family, body[4:])
+                # Decoding costs more than everything else here, and most of a second pass is known.
+                if attributes(body[4:]).get(CTA_ID) not in known:
+                    yield decode_connection(family, body[4:])
 
     def exchange(self, family, requests):
         """Send several requests, (message, flags, attributes) each, as one message. -> ([errno of each], last entry that came or None)."""
@@ -394,48 +405,129 @@ class Conntrack:
         return code, made["id"] if code == 0 and made is not None else None
 
 
+class Begun:
+    """Connections that begin from now on, as the kernel tells of them. OSError where it does not."""
+
+    def __init__(self):
+        self.socket = open_socket()
+        try:
+            self.socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_CONNTRACK_NEW)
+            self.socket.setblocking(False)
+        except OSError:
+            self.socket.close()
+            raise
+
+    def close(self):
+        self.socket.close()
+
+    def read(self):
+        """(connections that began since the last call, whether all of them)."""
+        found, complete = [], True
+        while True:
+            try:
+                data = self.socket.recv(1 << 16)
+            except BlockingIOError:
+                return found, complete
+            except OSError as exc:
+                if exc.errno != errno.ENOBUFS:
+                    raise
+                complete = False
+                continue
+            for dummy, dummy2, body in messages(data):
+                family = struct.unpack_from("=B", body)[0]
+                found.append(decode_connection(family, body[4:]))
+
+    def forget(self):
+        """What a pass that begins now will see by itself."""
+        while True:
+            try:
+                self.socket.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno != errno.ENOBUFS:
+                    raise
+
+
 def _message(kind, flags, family, sequence, payload):
     return message(NFNL_SUBSYS_CTNETLINK << 8 | kind, flags, family, sequence, payload)
 
 
-def carry_over(cidrs, passes=2, done=None):
-    """Replace every masqueraded connection towards the CIDRs; what appears meanwhile is caught by the next pass.
+class Carrier:
+    """Replaces connections towards some networks and counts; the guard goes up before the first."""
 
+    def __init__(self, networks, done):
+        self.networks, self.done = networks, done
+        self.families = [family for family, length in ((socket.AF_INET, 4), (socket.AF_INET6, 16)) if networks[length]]
+        self.result = {"replaced": 0, "left": 0, "guarded": False, "error": ""}
+        self.guard = Guard()
+        self.started = False
+        self.clients = []
+
+    def open(self):
+        # One reads while the other replaces: what is replaced was read moments before, however many there are.
+        for make in (Conntrack, Conntrack, Begun):
+            self.clients.append(make())
+
+    def close(self):
+        if self.started:
+            self.guard.stop()
+        for client in self.clients:
+            client.close()
+
+    def replace(self, connection):
+        """Replace one connection if it is one of those that must move."""
+        if connection["id"] in self.done or connection["family"] not in self.families or not must_move(connection, self.networks):
+            return
+        if not self.started:
+            self.started = True
+            self.guard.start()
+            self.result["guarded"] = self.guard.active
+        code, made_id = self.clients[1].replace(connection)
+        if code == 0:
+            self.result["replaced"] += 1
+            self.done.add(made_id)
+        elif code not in (errno.ENOENT, errno.EEXIST):
+            self.result["left"] += 1
+            self.result["error"] = os.strerror(code)
+
+    def run_pass(self):
+        """Replace what there is, then what began meanwhile; -> whether that is all."""
+        reader, dummy, begun = self.clients
+        begun.forget()
+        self.result["left"] = 0
+        for family in self.families:
+            for connection in reader.dump(family, self.done):
+                self.replace(connection)
+        complete = True
+        for dummy in range(READS):
+            connections, all_of_them = begun.read()
+            complete = complete and all_of_them
+            if not connections:
+                break
+            for connection in connections:
+                self.replace(connection)
+        return complete
+
+
+def carry_over(cidrs, passes=2, done=None):
+    """Replace every masqueraded connection towards the CIDRs, those that begin meanwhile as well.
+
+    :param passes: how often all connections are read; more where so many begin that the kernel cannot tell of each.
     :param done: set of ids of connections that were replaced before and need not be again; those that are replaced now are added.
     :returns: {"replaced": n, "left": n, "guarded": bool, "error": text or ""}; an entry that vanished or was made anew meanwhile is not an
         error: it is seen again by the next pass. Nothing is raised: a kernel without ctnetlink has nothing to carry over.
     """
-    result = {"replaced": 0, "left": 0, "guarded": False, "error": ""}
-    networks = packed_networks(cidrs)
-    families = [family for family, length in ((socket.AF_INET, 4), (socket.AF_INET6, 16)) if networks[length]]
-    done = set() if done is None else done
-    clients, guard = [], None
+    carrier = Carrier(packed_networks(cidrs), set() if done is None else done)
     try:
-        # One reads while the other replaces: what is replaced was read moments before, however many there are.
-        clients += [Conntrack(), Conntrack()]
-        reader, writer = clients
-        for dummy in range(passes):
-            result["left"] = 0
-            for family in families:
-                for connection in reader.dump(family):
-                    if connection["id"] in done or not must_move(connection, networks):
-                        continue
-                    if guard is None:
-                        guard = Guard()
-                        guard.start()
-                        result["guarded"] = guard.active
-                    code, made_id = writer.replace(connection)
-                    if code == 0:
-                        result["replaced"] += 1
-                        done.add(made_id)
-                    elif code not in (errno.ENOENT, errno.EEXIST):
-                        result["left"] += 1
-                        result["error"] = os.strerror(code)
+        carrier.open()
+        complete = False
+        for number in range(passes + MORE_PASSES):
+            if number >= passes and complete:
+                break
+            complete = carrier.run_pass()
     except (OSError, struct.error) as exc:
-        result["error"] = "connection tracking failed: %s" % exc
+        carrier.result["error"] = "connection tracking failed: %s" % exc
     finally:
-        if guard is not None:
-            guard.stop()
-        for client in clients:
-            client.close()
-    return result
+        carrier.close()
+    return carrier.result

@@ -26,6 +26,10 @@ NLMSG_DONE = 3
 NLA_F_NESTED = 0x8000
 NLA_TYPE_MASK = 0x3FFF
 
+SO_RCVBUFFORCE = 33
+# Bytes; about four thousand messages, as the kernel counts their memory.
+RECEIVE_BUFFER = 1 << 22
+
 # Seconds; the kernel answers at once, so this only bounds a kernel that never does.
 TIMEOUT = 10
 
@@ -84,8 +88,11 @@ def open_socket():
     opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
     try:
         opened.settimeout(TIMEOUT)
-        # Bytes; room for a whole part of a dump and all acknowledgements.
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        try:
+            # Beyond net.core.rmem_max, which has room for a few hundred messages of what happens meanwhile.
+            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+        except OSError:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         opened.bind((0, 0))
     except OSError:
         opened.close()

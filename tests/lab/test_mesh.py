@@ -119,6 +119,9 @@ def test_reboot_brings_the_mesh_back_before_pods_start(lab):
 def test_a_node_is_added(lab):
     with Watched(lab):
         lab.add_node()
+        for node, before in lab.before.items():
+            # The data path of the lab has routes to the new node's pods: those stay when the mesh is gone.
+            before["routes"] += [line for line in traces(lab, node)["routes"] if "10.244.4.0/24" in line or "fd00:10:244:4::/64" in line]
         playbook(lab, "enable")
     assert all_encrypted(lab)
     assert_encrypted(lab)
