@@ -8,8 +8,8 @@
 
 An entry is gone for about a microsecond before its replacement is there. A packet that arrives just then belongs to no connection: an
 answer is not translated back, reaches this host itself, and the host resets the connection; a request leaves with another source port,
-and the peer resets the connection. Measured, on eight connections under load whose entries were replaced 40,000 times within six seconds: all
-eight were reset, in each of three runs; with the guard none was.
+and the peer resets the connection. Measured, on eight connections under load whose entries were replaced 40,000 times within six
+seconds: all eight were reset, in each of three runs; with the guard none was.
 
 So for the time of the replacing, a table of nf_tables drops TCP packets that belong to no connection and do not open one. TCP sends
 them again. Nothing that belongs to a connection, and no new connection, is touched.

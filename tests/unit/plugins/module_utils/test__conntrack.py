@@ -378,7 +378,7 @@ class Begun:
     def read(self):
         begun, self.kernel.begun = self.kernel.begun, []
         lost, self.kernel.lost = self.kernel.lost, max(0, self.kernel.lost - 1)
-        return [ct.decode_connection(len(entry["orig"]["src"]) == 4 and 2 or 10, self.kernel.packed(entry)) for entry in begun], not lost
+        return [ct.decode_connection(2 if len(entry["orig"]["src"]) == 4 else 10, self.kernel.packed(entry)) for entry in begun], not lost
 
     def forget(self):
         self.kernel.begun = []
@@ -533,7 +533,7 @@ def test_packets_that_do_not_stop_coming(kernel):
     kernel.between = packet
     result = ct.carry_over(CIDRS, passes=1)
     assert (result["replaced"], result["left"]) == (4, 0)
-    # Five connections, and the one that is never done: tried some times when it is dumped, and whenever it is told of; each try is two steps.
+    # Five connections, and the one that is never done: tried some times when it is dumped, and whenever it is told of, in two steps each.
     assert len(kernel.log) < 2 * (5 + ct.TRIES * (1 + ct.READS) * 2)
 
 
