@@ -21,6 +21,8 @@ ROUTES_UNIT = "kubemesh-routes.service"
 ROUTES_UNIT_FILE = "/etc/systemd/system/" + ROUTES_UNIT
 ROUTES_FILES = {"ipv4": "/etc/kubemesh/routes-ipv4.batch", "ipv6": "/etc/kubemesh/routes-ipv6.batch"}
 RESTORE_SCRIPT = "/etc/kubemesh/restore-routes"
+# What may make the device at boot; one that is not there is no obstacle.
+DEVICE_UNITS = ("wg-quick@%s.service", "kubemesh-device@%s.service", "kubemesh-userspace@%s.service")
 RULES_FILES = {"ipv4": "/etc/kubemesh/rules-ipv4.batch", "ipv6": "/etc/kubemesh/rules-ipv6.batch"}
 
 
@@ -125,7 +127,7 @@ def unit_text(interface):
 [Unit]
 Description=Routes and rules of the WireGuard mesh
 Documentation=man:ip-route(8) man:ip-rule(8)
-After=network.target systemd-networkd.service wg-quick@{interface}.service kubemesh-device@{interface}.service
+After=network.target systemd-networkd.service {" ".join(unit % interface for unit in DEVICE_UNITS)}
 Before={POD_STARTERS}
 ConditionPathExists={RESTORE_SCRIPT}
 
@@ -162,11 +164,16 @@ device_ready() {{
     done
 }}
 
+# What should make the device has failed: it will not come, and what starts pods waits for this unit.
+device_failed() {{
+    systemctl is-failed --quiet {units} && ! device_ready
+}}
+
 # 600 times 0.2 s: a device that takes longer will not come, and pods must not wait for ever.
 tries=600
 until device_ready; do
     tries=$((tries - 1))
-    if [ "$tries" -le 0 ]; then
+    if [ "$tries" -le 0 ] || device_failed; then
         echo "{interface} is not up with {sources}: no routes and no rules are set, traffic takes the way of the CNI" >&2
         exit 1
     fi
@@ -182,5 +189,6 @@ ip -6 -batch {routes6}
 ip -force -4 -batch {rules4} || true
 ip -force -6 -batch {rules6} || true
 """.format(
-        unit=ROUTES_UNIT, interface=interface, sources=" ".join(sources), sysctl_file=sysctl_file,
-        routes4=ROUTES_FILES["ipv4"], routes6=ROUTES_FILES["ipv6"], rules4=RULES_FILES["ipv4"], rules6=RULES_FILES["ipv6"])
+        unit=ROUTES_UNIT, interface=interface, units=" ".join(unit % interface for unit in DEVICE_UNITS), sources=" ".join(sources),
+        sysctl_file=sysctl_file, routes4=ROUTES_FILES["ipv4"], routes6=ROUTES_FILES["ipv6"],
+        rules4=RULES_FILES["ipv4"], rules6=RULES_FILES["ipv6"])

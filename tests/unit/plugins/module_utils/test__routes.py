@@ -261,6 +261,7 @@ class Boot:
         self.log = folder / "log"
         self.addresses = ["198.18.0.11/32", "2001:db8::b/128", "fe80::1/64"]
         self.failing = ""
+        self.failed_units = False
         self.state = STATE
 
     def run(self, tries=3):
@@ -271,7 +272,8 @@ class Boot:
                  '"-o addr show dev wgmesh0 up") %s ;;' % ("printf '%s'" % shown if shown else "exit 1"),
                  '%s) exit 1 ;;' % (self.failing or "nothing"), "esac"]
         sysctl = ["#!/bin/sh", 'echo "sysctl $*" >> %s' % self.log]
-        for name, content in (("ip", lines), ("sysctl", sysctl), ("sleep", ["#!/bin/sh"])):
+        systemctl = ["#!/bin/sh", 'echo "systemctl $*" >> %s' % (self.folder / "systemctl"), "exit %d" % (0 if self.failed_units else 1)]
+        for name, content in (("ip", lines), ("sysctl", sysctl), ("sleep", ["#!/bin/sh"]), ("systemctl", systemctl)):
             (tools / name).write_text("\n".join(content) + "\n")
             (tools / name).chmod(0o755)
         text = live.script_text(self.state, "wgmesh0", "/etc/sysctl.d/x.conf").replace("tries=600", "tries=%d" % tries)
@@ -306,6 +308,21 @@ def test_boot_waits_for_the_device_and_its_addresses(boot, addresses):
     assert done.returncode == 1 and log == []
     assert "wgmesh0 is not up with 198.18.0.11 2001:db8::b" in done.stderr
     assert boot.log.read_text().count("addr show") == 3
+
+
+def test_boot_does_not_wait_for_a_device_whose_unit_failed(boot):
+    boot.addresses, boot.failed_units = [], True
+    done, log = boot.run(tries=100)
+    assert done.returncode == 1 and log == [] and "wgmesh0 is not up" in done.stderr
+    assert boot.log.read_text().count("addr show") == 2
+    assert (boot.folder / "systemctl").read_text() == (
+        "systemctl is-failed --quiet wg-quick@wgmesh0.service kubemesh-device@wgmesh0.service kubemesh-userspace@wgmesh0.service\n")
+
+
+def test_boot_with_a_device_that_is_there_although_a_unit_failed(boot):
+    boot.failed_units = True
+    done, log = boot.run()
+    assert done.returncode == 0 and log[-2:] == RULES
 
 
 def test_boot_without_source_addresses(boot):
