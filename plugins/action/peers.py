@@ -152,6 +152,7 @@ class ActionModule(ActionBase):
         document, more = _membership.build_document(
             candidates, {name: own["public_keys"] for name, own in settings.items()}, previous, {
                 "complete": complete, "why_incomplete": why_incomplete, "port": args["port"], "generations": args["generations"],
+                "generation": args["current_generation"],
                 "forget_nodes": args["forget_nodes"], "exclude_nodes": args["exclude_nodes"], "service_cidrs": args["service_cidrs"],
                 "expect_new_keys": args["expect_new_keys"], "settings": settings, "problems": problems})
         warnings.extend(more)
@@ -259,6 +260,7 @@ class ActionModule(ActionBase):
             "previous_serial": previous["serial"] if previous is not None else None,
             "sha256": _mesh.document_sha256(document),
             "complete": document["complete"],
+            "generation": document["generation"],
             "document_changed": document != previous,
             "changes": changes if len(changes) <= CHANGES_RETURNED else
             changes[:CHANGES_RETURNED] + ["and %d more" % (len(changes) - CHANGES_RETURNED)],

@@ -666,6 +666,7 @@ _OPTION_DEFAULTS = {
     "why_incomplete": "",    # for people
     "port": 51840,           # UDP, of generation 0; generation 1 uses the next
     "generations": GENERATIONS,
+    "generation": None,      # 0 or 1, that traffic goes through; None: as in the last document, at first 0
     "forget_nodes": (),
     "exclude_nodes": (),
     "service_cidrs": (),
@@ -734,6 +735,12 @@ def _ports(port, problems):
     return {"0": number, "1": number + 1}
 
 
+def _generation(options, previous):
+    if options["generation"] is not None:
+        return int(generation_text(options["generation"]))
+    return previous["generation"] if previous is not None else 0
+
+
 def build_document(members, keys, previous, options=None):
     """The next mesh document: ``(document, warnings)``.
 
@@ -758,7 +765,8 @@ def build_document(members, keys, previous, options=None):
     unknown = sorted(set(options["exclude_nodes"]) - set(nodes))
     if unknown:
         warnings.append("exclude_nodes: %s is not a node of this cluster" % name_list(unknown))
-    document = {"schema": SCHEMA, "serial": 1, "complete": bool(options["complete"]), "ports": _ports(options["port"], problems),
+    document = {"schema": SCHEMA, "serial": 1, "complete": bool(options["complete"]),
+                "generation": _generation(options, previous), "ports": _ports(options["port"], problems),
                 "nodes": nodes}
     services = _service_prefixes(options["service_cidrs"], problems)
     problems.extend(shared_identities(nodes, document["ports"]))

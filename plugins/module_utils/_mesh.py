@@ -310,7 +310,7 @@ def generation_text(generation):
 
 # --- the document --------------------------------------------------------------------------------------------------------------------
 
-_DOCUMENT_FIELDS = {"schema", "serial", "complete", "ports", "nodes"}
+_DOCUMENT_FIELDS = {"schema", "serial", "complete", "generation", "ports", "nodes"}
 _NODE_FIELDS = {"state", "reason", "uid", "public_keys", "endpoints", "pod_cidrs", "node_addresses", "probe_addresses", "mtu", "keepalive"}
 
 
@@ -492,6 +492,8 @@ def validate_document(doc):
         problems.append("mesh document, serial: expected a number from 1, got %s" % shown(doc["serial"]))
     if not isinstance(doc["complete"], bool):
         problems.append("mesh document, complete: expected true or false, got %s" % shown(doc["complete"]))
+    if not _is_int(doc["generation"], 0, 1):
+        problems.append("mesh document, generation: expected 0 or 1, got %s" % shown(doc["generation"]))
     ports = doc["ports"]
     if not isinstance(ports, dict) or set(ports) != set(GENERATIONS) or not all(_is_int(port, 1, PORT_MAX) for port in ports.values()):
         problems.append("mesh document, ports: expected a port from 1 to %d for generations 0 and 1, got %s" % (PORT_MAX, shown(ports)))
@@ -717,10 +719,12 @@ def compare_documents(old, new):
     changes = []
     if old is None:
         changes.append("first mesh document")
-        old = {"complete": new["complete"], "ports": new["ports"], "nodes": {}}
+        old = {"complete": new["complete"], "generation": new["generation"], "ports": new["ports"], "nodes": {}}
     for generation in GENERATIONS:
         if old["ports"][generation] != new["ports"][generation]:
             changes.append("port of generation %s: %d, was %d" % (generation, new["ports"][generation], old["ports"][generation]))
+    if old["generation"] != new["generation"]:
+        changes.append("traffic goes through generation %d, was %d" % (new["generation"], old["generation"]))
     if old["complete"] != new["complete"]:
         changes.append("node list is now %s" % ("complete" if new["complete"] else "not known to be complete"))
     for name in sorted(set(old["nodes"]) | set(new["nodes"])):

@@ -160,6 +160,12 @@ options:
     elements: int
     choices: [0, 1]
     default: [0, 1]
+  current_generation:
+    description:
+      - The generation that traffic goes through, or shall go through when the rollout is done.
+      - By default that of the last document, and V(0) in the first one.
+    type: int
+    choices: [0, 1]
   expect_new_keys:
     description:
       - Whether public keys are meant to change in this run, so that a change is not worth a warning.
@@ -284,6 +290,11 @@ complete:
   returned: unless O(discover=true)
   type: bool
   sample: true
+generation:
+  description: The generation that traffic goes through, or shall go through when the rollout is done.
+  returned: unless O(discover=true)
+  type: int
+  sample: 0
 source:
   description: The source that was used. V(nodes) when O(nodes) was given.
   returned: always
@@ -418,6 +429,7 @@ ARGUMENT_SPEC = {
     "exclude_nodes": {"type": "list", "elements": "str", "default": []},
     "port": {"type": "int", "default": 51840},
     "generations": {"type": "list", "elements": "int", "choices": [0, 1], "default": [0, 1]},
+    "current_generation": {"type": "int", "choices": [0, 1]},
     "expect_new_keys": {"type": "bool", "default": False},
     "dest": {"type": "path"},
     "node": {"type": "str"},

@@ -459,7 +459,7 @@ class Cluster:
                 "pod_cidrs": list(node.pod_cidrs), "node_addresses": [node.addresses["ipv4"], node.addresses["ipv6"]], "mtu": mtu,
                 "keepalive": 0}
             nodes[node.node_name].update(changes.get(node.node_name.replace("-", "_"), {}))
-        return {"schema": 1, "serial": serial, "complete": True, "ports": {"0": 51840, "1": 51841}, "nodes": nodes}
+        return {"schema": 1, "serial": serial, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes}
 
     def distribute(self, document):
         """Put the document on every node, as the exchange stage does."""

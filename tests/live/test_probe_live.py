@@ -51,7 +51,7 @@ class Mesh:
                 "probe_addresses": {"0": _mesh.probe_address(public)}, "mtu": None, "keepalive": 0}
             nodes[host].update(changes.get(host, {}))
         self.doc = _mesh.validate_document({
-            "schema": 1, "serial": 1, "complete": True, "ports": {"0": PORT, "1": PORT + 1}, "nodes": nodes})
+            "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": PORT, "1": PORT + 1}, "nodes": nodes})
         self.document_file.write_bytes(_mesh.document_bytes(self.doc))
 
     def configure(self, host):

@@ -137,7 +137,8 @@ def test_members_outside(tmp_path):
              "out": entry("D" * 42 + "A=", state="excluded", reason="x"), "new": entry("E" * 42 + "A=", state="pending", reason="no CIDR")}
     paths = []
     for number, names in enumerate((["a", "b"], ["a", "no-key", "out", "new"])):
-        doc = {"schema": 1, "serial": 1, "complete": True, "ports": {"0": 1, "1": 2}, "nodes": {name: nodes[name] for name in names}}
+        doc = {"schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 1, "1": 2},
+               "nodes": {name: nodes[name] for name in names}}
         path = tmp_path / ("%d.json" % number)
         path.write_bytes(_mesh.document_bytes(_mesh.validate_document(doc)))
         paths.append(str(path))

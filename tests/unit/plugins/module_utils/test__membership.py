@@ -76,6 +76,15 @@ def built(members, known=None, previous=None, **options):
     return document
 
 
+def test_the_generation_that_traffic_goes_through_stays_until_it_is_changed():
+    first = built(cluster(1, 2), keys(1, 2))
+    assert first["generation"] == 0
+    second = built(cluster(1, 2), keys(1, 2), first, generation=1)
+    assert (second["generation"], second["serial"]) == (1, 2)
+    assert built(cluster(1, 2), keys(1, 2), second) == second
+    assert _mesh.compare_documents(first, second) == ["traffic goes through generation 1, was 0"]
+
+
 def settings_of(**hosts):
     result, problems, warnings = _membership.settings_of_hosts({name.replace("_", "-"): own for name, own in hosts.items()})
     assert (problems, warnings) == ([], [])

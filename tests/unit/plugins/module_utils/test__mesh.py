@@ -45,7 +45,7 @@ def entry(number, **changes):
 
 
 def document(*entries, **changes):
-    result = {"schema": 1, "serial": 7, "complete": True, "ports": {"0": 51840, "1": 51841},
+    result = {"schema": 1, "serial": 7, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841},
               "nodes": {"n%d" % number: value for number, value in enumerate(entries, 1)}}
     result.update(changes)
     return result
@@ -304,6 +304,9 @@ class TestDocument:
         ({"serial": True}, "serial"),
         ({"serial": "7"}, "serial"),
         ({"complete": "yes"}, "complete"),
+        ({"generation": 2}, "generation"),
+        ({"generation": "0"}, "generation"),
+        ({"generation": False}, "generation"),
         ({"ports": {"0": 51840}}, "ports"),
         ({"ports": {"0": 51840, "1": 51840}}, "both generations"),
         ({"ports": {"0": 0, "1": 1}}, "ports"),
@@ -391,7 +394,7 @@ class TestDocument:
 
     @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("10.0.0.0/8"),
                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6),
-           st.sampled_from(["schema", "serial", "complete", "ports", "nodes", "n1", "state", "reason", "uid", "public_keys", "endpoints",
+           st.sampled_from(["schema", "serial", "complete", "generation", "ports", "nodes", "n1", "state", "reason", "uid", "public_keys", "endpoints",
                             "pod_cidrs", "node_addresses", "probe_addresses", "mtu", "keepalive"]))
     def test_whatever_is_in_a_field_is_a_finding_not_a_crash(self, value, field):
         doc = three()

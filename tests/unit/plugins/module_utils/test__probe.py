@@ -38,7 +38,7 @@ def document(count, **changes):
             "probe_addresses": {"0": _mesh.probe_address(key(number))}, "mtu": None, "keepalive": 0}
     for name, change in changes.items():
         nodes[name.replace("_", "-")].update(change)
-    return {"schema": 1, "serial": 1, "complete": True, "ports": {"0": 51840, "1": 51841}, "nodes": nodes}
+    return {"schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes}
 
 
 # --- packets -------------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def entry(number, **other):
 
 def document(**nodes):
     return _mesh.validate_document({
-        "schema": 1, "serial": 1, "complete": True, "ports": {"0": 51840, "1": 51841},
+        "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841},
         "nodes": dict({"a": entry(1), "b": entry(2)}, **nodes)})
 
 

@@ -242,7 +242,7 @@ def test_the_document_of_a_node(tmp_path):
     path.write_text("{}")
     with pytest.raises(MeshError, match="not a mesh document"):
         system.read_document(str(path))
-    doc = {"schema": 1, "serial": 1, "complete": True, "ports": {"0": 1, "1": 2}, "nodes": {}}
+    doc = {"schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 1, "1": 2}, "nodes": {}}
     path.write_bytes(_mesh.document_bytes(doc))
     assert system.read_document(str(path)) == doc
 

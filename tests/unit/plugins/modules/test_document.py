@@ -15,7 +15,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
 from ansible_collections.kubemesh.wireguard.plugins.modules import document
 
 KEY = "B" * 42 + "A="
-DOC = {"schema": 1, "serial": 6, "complete": True, "ports": {"0": 51840, "1": 51841}, "nodes": {
+DOC = {"schema": 1, "serial": 6, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": {
     "a": {"state": "member", "reason": "", "uid": "", "public_keys": {"0": KEY}, "endpoints": {}, "pod_cidrs": ["10.244.1.0/24"],
           "node_addresses": ["198.18.0.11"], "probe_addresses": {"0": _mesh.probe_address(KEY)}, "mtu": None, "keepalive": 0}}}
 NEWER = copy.deepcopy(DOC)

@@ -47,7 +47,7 @@ class Host:
 
     def document(self, nodes):
         self.doc = _mesh.validate_document({
-            "schema": 1, "serial": 1, "complete": True, "ports": {"0": 51840, "1": 51841}, "nodes": nodes})
+            "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes})
         self.files.content[DOCUMENT] = (_mesh.document_bytes(self.doc).decode(), 0o644)
 
     def own_files(self):

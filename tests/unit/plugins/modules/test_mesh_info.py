@@ -38,7 +38,7 @@ class Host:
         self.node.add_link("wgmesh0", "wireguard", ["198.18.0.11/32", "fe80::1/64"], mtu=1400, mode="none")
         self.files.sysctls["net/ipv4/conf/wgmesh0/rp_filter"] = "2"
         self.doc = _mesh.validate_document({
-            "schema": 1, "serial": 1, "complete": True, "ports": {"0": 51840, "1": 51841},
+            "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841},
             "nodes": {"a": entry(1), "b": entry(2), "c": entry(3)}})
         self.files.content[DOCUMENT] = (_mesh.document_bytes(self.doc).decode(), 0o644)
         self.wg.states["wgmesh0"] = {"name": "wgmesh0", "public_key": key(1), "listen_port": 51840, "fwmark": 4096, "peers": {

@@ -30,7 +30,7 @@ def node(tmp_path, monkeypatch):
             "node_addresses": ["198.18.0.%d" % number], "probe_addresses": {"0": _mesh.probe_address(key(number))}, "mtu": None,
             "keepalive": 0}
     nodes["d"].update(state="pending", reason="no key", public_keys={}, probe_addresses={})
-    doc = {"schema": 1, "serial": 3, "complete": True, "ports": {"0": 51840, "1": 51841}, "nodes": nodes}
+    doc = {"schema": 1, "serial": 3, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes}
     (tmp_path / "mesh.json").write_bytes(_mesh.document_bytes(_mesh.validate_document(doc)))
 
     class Node:

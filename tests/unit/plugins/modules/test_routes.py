@@ -54,7 +54,7 @@ class Host:
 
     def document(self, nodes):
         self.doc = _mesh.validate_document({
-            "schema": 1, "serial": 1, "complete": True, "ports": {"0": 51840, "1": 51841}, "nodes": nodes})
+            "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes})
         self.path("mesh.json").write_bytes(_mesh.document_bytes(self.doc))
 
     def prove(self, *names):
