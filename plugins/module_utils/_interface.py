@@ -95,13 +95,7 @@ def underlay_devices(system, addresses, endpoints, interface):
         words = system.ip_answers(family, ["route get %s" % target for target in targets]).split()
         found.update(words[place + 1] for place, word in enumerate(words[:-1]) if word == "dev")
     # A mesh device holds the node's addresses too, and lo answers for a node's own.
-    return sorted(name for name in found if name != "lo" and not is_generation(name, interface))
-
-
-def is_generation(name, interface):
-    """Whether a device is one of the two generations of the same mesh."""
-    stem = interface[:-1] if interface[-1:] in ("0", "1") else interface
-    return name in (interface, stem + "0", stem + "1")
+    return sorted(name for name in found if name != "lo" and not _link_plan.is_generation(name, interface))
 
 
 def read(system, interface):
@@ -266,9 +260,15 @@ def remember_sysctls(steps, interface):
     before = sysctls_before()
     new = {
         step["name"]: step["before"] for step in steps
-        if step["before"] is not None and step["name"] not in before and not is_generation(step["name"].split("/")[3], interface)}
+        if step["before"] is not None and step["name"] not in before
+        and not _link_plan.is_generation(step["name"].split("/")[3], interface)}
     if new:
         write_text(SYSCTL_BEFORE, json.dumps(dict(before, **new), sort_keys=True) + "\n", 0o644)
+
+
+def in_use(system, interface):
+    """Whether a device is there, or will be after the next boot."""
+    return system.link(interface) is not None or any(os.path.exists(path) for path in _persist.paths_of(interface).values())
 
 
 def plan_absent(system, interface, current):
@@ -277,14 +277,19 @@ def plan_absent(system, interface, current):
     units = [
         {"op": "disable_unit", "unit": unit}
         for unit in _persist.boot_units(interface, "none") if system.unit(unit)["enabled"]]
-    before = sysctls_before()
+    # What both generations need stays as long as there is the other one.
+    last = not any(in_use(system, name) for name in _link_plan.generations_of(interface) if name != interface)
+    before = sysctls_before() if last else {}
+    files = _persist.absent_files(interface, last)
+    if last:
+        files[SYSCTL_BEFORE] = (None, 0o644)
     return {
         "units": units,
         "link": [{"op": "remove_link"}] if link is not None else [],
         "sysctls": [
             {"op": "set_sysctl", "name": name, "value": value, "before": read_sysctl(name)}
             for name, value in sorted(before.items()) if read_sysctl(name) not in (None, value)],
-        "files": plan_files(dict(_persist.absent_files(interface), **{SYSCTL_BEFORE: (None, 0o644)})),
+        "files": plan_files(files),
     }
 
 

@@ -28,6 +28,16 @@ OVERHEAD = {"ipv4": 60, "ipv6": 80}
 MTU_DEFAULT = 1420
 
 
+def generations_of(interface):
+    """Device names of the generations of one mesh: a name that ends in 0 or 1 has a sister, any other is alone."""
+    return [interface[:-1] + "0", interface[:-1] + "1"] if interface[-1:] in ("0", "1") else [interface]
+
+
+def is_generation(name, interface):
+    """Whether a device is one of the generations of the same mesh."""
+    return name in generations_of(interface)
+
+
 def link_from_ip(item, addresses):
     """A link from one object of ``ip -j -d link show`` and its addresses; None stays None."""
     if item is None:

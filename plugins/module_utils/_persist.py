@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import fnmatch
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
+
 # Everything that starts pods, in the distributions that name it differently. A unit that does not exist is no obstacle.
 POD_STARTERS = (
     "kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service "
@@ -86,7 +88,8 @@ def boot_files(device, host):
             files[START_USERSPACE] = (start_userspace_text(), MODE_SCRIPT)
     elif persistence == "systemd-networkd":
         files[paths["setconf"]] = (setconf_text(device), MODE_PRIVATE)
-        files[DEVICE_UNIT_FILE] = (device_unit_text(userspace, device["private_key_file"]), MODE_PUBLIC)
+        key_file = device["private_key_file"].replace("/%s.key" % interface, "/%i.key")
+        files[DEVICE_UNIT_FILE] = (device_unit_text(userspace, key_file), MODE_PUBLIC)
     if userspace:
         files[USERSPACE_UNIT_FILE] = (userspace_unit_text(device["userspace_command"]), MODE_PUBLIC)
     if host["networkd"]:
@@ -94,14 +97,19 @@ def boot_files(device, host):
         files[NETWORKD_CONF] = (networkd_conf_text(), MODE_PUBLIC)
     if host["networkmanager"]:
         files[NETWORKMANAGER_CONF] = (networkmanager_conf_text(interface), MODE_PUBLIC)
-    files[SYSCTL_FILE] = (sysctl_text(wanted_sysctls(interface, host)), MODE_PUBLIC)
+    # The same for each generation: one must not undo what the other needs.
+    sysctls = {}
+    for name in generations_of(interface):
+        sysctls.update(wanted_sysctls(name, host))
+    files[SYSCTL_FILE] = (sysctl_text(sysctls), MODE_PUBLIC)
     return files
 
 
-def absent_files(interface):
-    """The same paths, all to be gone."""
+def absent_files(interface, last):
+    """The paths to be gone: those of the device and, with the last device of the mesh, what all of them need."""
     paths = list(paths_of(interface).values())
-    paths += [USERSPACE_UNIT_FILE, DEVICE_UNIT_FILE, START_USERSPACE, NETWORKD_CONF, NETWORKMANAGER_CONF, SYSCTL_FILE]
+    if last:
+        paths += [USERSPACE_UNIT_FILE, DEVICE_UNIT_FILE, START_USERSPACE, NETWORKD_CONF, NETWORKMANAGER_CONF, SYSCTL_FILE]
     return dict.fromkeys(paths, (None, MODE_PUBLIC))
 
 
@@ -276,7 +284,7 @@ def networkd_conf_text():
 
 def networkmanager_conf_text(interface):
     """NetworkManager takes foreign devices over (Calico #4576)."""
-    return HEADER + "[keyfile]\nunmanaged-devices+=interface-name:%s\n" % interface
+    return HEADER + "[keyfile]\nunmanaged-devices+=%s\n" % ";".join("interface-name:%s" % name for name in generations_of(interface))
 
 
 # What a mesh device is to systemd, by the settings of [Match] that look at a device: the kernel's, and a userspace implementation's.

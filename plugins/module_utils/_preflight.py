@@ -27,8 +27,7 @@ import itertools
 import re
 import textwrap
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._interface import is_generation
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import OVERHEAD
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import OVERHEAD, is_generation
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MTU_MIN_IPV6, family_of, shown
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import PRIORITIES, rule_from_ip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import POD_STARTERS
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._rules_netlink import change_rules
@@ -127,7 +128,7 @@ def unit_text(interface):
 [Unit]
 Description=Routes and rules of the WireGuard mesh
 Documentation=man:ip-route(8) man:ip-rule(8)
-After=network.target systemd-networkd.service {" ".join(unit % interface for unit in DEVICE_UNITS)}
+After=network.target systemd-networkd.service {" ".join(device_units(generations_of(interface)))}
 Before={POD_STARTERS}
 ConditionPathExists={RESTORE_SCRIPT}
 
@@ -144,23 +145,34 @@ WantedBy=multi-user.target
 """
 
 
+def device_units(devices):
+    """Names of the units that may make the devices."""
+    return [unit % device for device in devices for unit in DEVICE_UNITS]
+
+
 def script_text(state, interface, sysctl_file):
     """What that unit runs.
 
-    The device may be the work of wg-quick, of networkd or of our own unit: what counts is that it is up with the addresses that the
-    routes name, so that is what is waited for. Rules come after routes: if the routes fail, no rule sends anything into an empty table.
+    While keys are rotated, the peers that are not proven on the new device still have their routes through the old one: all devices that
+    the routes name must be there. A device may be the work of wg-quick, of networkd or of our own unit: what counts is that it is up with
+    the addresses that the routes name, so that is what is waited for. Rules come after routes: if the routes fail, no rule sends anything into an empty table.
     """
     sources = sorted({route["src"] for route in state["routes"] if route["src"]})
+    devices = sorted({route["dev"] for route in state["routes"] if route["dev"]}) or [interface]
     return """\
 #!/bin/sh
 # Written by kubemesh.wireguard; run by {unit} at boot. Changes made here are lost.
 set -eu
 
+devices="{devices}"
+
 device_ready() {{
-    addresses=$(ip -o addr show dev {interface} up 2>/dev/null) || return 1
-    [ -n "$addresses" ] || return 1
-    for source in {sources}; do
-        case "$addresses" in *" $source/"*) ;; *) return 1 ;; esac
+    for device in $devices; do
+        addresses=$(ip -o addr show dev "$device" up 2>/dev/null) || return 1
+        [ -n "$addresses" ] || return 1
+        for source in {sources}; do
+            case "$addresses" in *" $source/"*) ;; *) return 1 ;; esac
+        done
     done
 }}
 
@@ -174,7 +186,7 @@ tries=600
 until device_ready; do
     tries=$((tries - 1))
     if [ "$tries" -le 0 ] || device_failed; then
-        echo "{interface} is not up with {sources}: no routes and no rules are set, traffic takes the way of the CNI" >&2
+        echo "$devices is not up with {sources}: no routes and no rules are set, traffic takes the way of the CNI" >&2
         exit 1
     fi
     sleep 0.2
@@ -189,6 +201,6 @@ ip -6 -batch {routes6}
 ip -force -4 -batch {rules4} || true
 ip -force -6 -batch {rules6} || true
 """.format(
-        unit=ROUTES_UNIT, interface=interface, units=" ".join(unit % interface for unit in DEVICE_UNITS), sources=" ".join(sources),
+        unit=ROUTES_UNIT, devices=" ".join(devices), units=" ".join(device_units(devices)), sources=" ".join(sources),
         sysctl_file=sysctl_file, routes4=ROUTES_FILES["ipv4"], routes6=ROUTES_FILES["ipv6"],
         rules4=RULES_FILES["ipv4"], rules6=RULES_FILES["ipv6"])

@@ -49,15 +49,16 @@ def wanted_state(doc, node, settings, proven, present):
     """
     sources = primary_addresses(doc, node)
     own_mtu = mesh_mtu(doc, node)
-    kept = set()
+    kept = {}
     if settings["unproven"] == "keep":
-        kept = {(route["table"], route["dst"], route["peer"]) for route in present}
+        kept = {(route["table"], route["dst"], route["peer"]): route["dev"] for route in present}
     routes = []
     families = families_of(doc, node)
     tables = table_routes(doc, node)
     for table, entries in ((settings["table"], tables["pods"]), (settings["table"] + 1, tables["nodes"])):
         for dst, peer in entries:
-            if proven is not None and peer not in proven and (table, dst, peer) not in kept:
+            unproven = proven is not None and peer not in proven
+            if unproven and (table, dst, peer) not in kept:
                 continue
             family = family_of(dst)
             # No rule leads there, and a node without IPv6 may not be able to have such routes at all.
@@ -68,7 +69,8 @@ def wanted_state(doc, node, settings, proven, present):
                 "family": family,
                 "table": table,
                 "dst": dst,
-                "dev": settings["interface"],
+                # While keys are rotated, that of the other generation: it worked, and this one is not known to.
+                "dev": kept[table, dst, peer] if unproven else settings["interface"],
                 "type": "unicast",
                 # The address that the host had towards this peer before, so that connections and policies go on.
                 "src": sources.get(family) or "",

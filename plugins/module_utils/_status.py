@@ -19,6 +19,10 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import fa
 HANDSHAKE_FRESH = 275
 
 STATES = ("encrypted", "idle", "accepting", "partial", "no handshake", "missing", "no key", "excluded", "unknown")
+# While keys are rotated a peer is known through two devices; the first of these says how its traffic travels.
+TELLING = ("encrypted", "idle", "no handshake", "partial", "accepting", "missing", "no key", "excluded", "unknown")
+# How much of the peers a result holds.
+DETAILS = ("all", "problems", "none")
 
 
 def steered(routes_state, local_cidrs, node_families):
@@ -69,6 +73,29 @@ def join(doc, node, generation, device, routes_state, interface, now):
     for key in sorted(set(live) - set(wanted)):
         rows.append(_row("(unknown)", key, None, live[key], None, families, rules, routes, now))
     return sorted(rows, key=lambda row: (row["name"], row["public_key"] or ""))
+
+
+def join_generations(doc, node, devices, routes_state, now):
+    """Rows as `join` returns them, with "generation", over all devices of the mesh on a node: each peer through the one that says most.
+
+    :param devices: [(generation, device name, WireGuard state or None)], the generation that traffic is to go through first.
+    """
+    chosen, unknown = {}, []
+    for generation, interface, device in devices:
+        for row in join(doc, node, generation, device, routes_state, interface, now):
+            row["generation"] = int(generation)
+            if row["state"] == "unknown":
+                unknown.append(row)
+            elif row["name"] not in chosen or TELLING.index(row["state"]) < TELLING.index(chosen[row["name"]]["state"]):
+                chosen[row["name"]] = row
+    return sorted(list(chosen.values()) + unknown, key=lambda row: (row["name"], row["public_key"] or ""))
+
+
+def detailed(rows, detail):
+    """The rows that a result holds: all, those that are neither encrypted nor excluded, or none."""
+    if detail == "problems":
+        return [row for row in rows if row["state"] not in ("encrypted", "excluded")]
+    return rows if detail == "all" else []
 
 
 def _row(name, key, other, peer, wanted, families, rules, routes, now):

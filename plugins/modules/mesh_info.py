@@ -25,13 +25,25 @@ extends_documentation_fragment:
   - kubemesh.wireguard._attributes.actiongroup_mesh
   - kubemesh.wireguard._attributes.node
   - kubemesh.wireguard._mesh_document
-  - kubemesh.wireguard._mesh_document.generation
 options:
   interface:
     description:
-      - Name of the mesh device.
+      - Name of the mesh device of either generation, V(wgmesh0) or V(wgmesh1). Both are looked at.
     type: str
     default: wgmesh0
+  generation:
+    description:
+      - The generation that RV(device) is about.
+      - By default that of the mesh document, through which traffic goes, or V(0) where there is none.
+    type: int
+    choices: [0, 1]
+  detail:
+    description:
+      - V(all) returns every peer, V(problems) those that are neither encrypted nor excluded, V(none) none. RV(counts) counts all of them.
+      - With thousands of nodes, all peers of all nodes are more than anyone reads.
+    type: str
+    choices: [all, problems, none]
+    default: all
   table:
     description:
       - Routing table of the pod CIDRs. The next one holds the node addresses.
@@ -75,6 +87,33 @@ device:
     listen_port: 51840
     public_key: /Qy8SpRpuTC6U9jAOqhEPbnoJkMoF9QzyEqYFLrrhx0=
     addresses: [198.18.0.12/32]
+document:
+  description: Which mesh document this node keeps; null where there is none.
+  returned: always
+  type: dict
+  sample:
+    serial: 7
+    generation: 0
+    sha256: 5f4dcc3b5aa765d61d8327deb882cf992b95990a9151374abd8ff8c5a7a0fe08
+generations:
+  description:
+    - What there is of each generation of keys, device, key file, files that restore it at boot, number of routes through it. More than
+      one while keys are rotated.
+  returned: always
+  type: list
+  elements: dict
+  sample:
+    - generation: 0
+      name: wgmesh0
+      device: true
+      key: true
+      boot: true
+      routes: 8
+encrypts:
+  description: What this node sends through the mesh, V(pods), V(nodes) (node to node as well) or V(nothing).
+  returned: always
+  type: str
+  sample: pods
 sending:
   description: Whether this node sends through the mesh.
   returned: always
@@ -121,6 +160,10 @@ peers:
       description: Bytes sent to the peer.
       type: int
       sample: 8120
+    generation:
+      description: The generation of keys that this is about.
+      type: int
+      sample: 0
     routed:
       description: Whether any of its pod CIDRs is sent through the tunnel.
       type: bool
@@ -143,6 +186,7 @@ warnings_of_mesh:
   sample: []
 """
 
+import os
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -150,7 +194,9 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, node_entry
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, node_entry
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import paths_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document, read_sysctl, read_text
 
 
@@ -163,6 +209,82 @@ def loose_filter_warnings(interface):
     return []
 
 
+def read_generations(system, interface, routes):
+    """What there is of each generation: [{"generation", "name", "link", "state", "key", "boot", "routes"}]."""
+    found = []
+    names = generations_of(interface)
+    for number, name in enumerate(names):
+        link, state = live_device.read(system, name)
+        found.append({
+            "generation": number, "name": name, "link": link, "state": state,
+            "key": os.path.exists("/etc/wireguard/%s.key" % name),
+            "boot": any(os.path.exists(path) for path in paths_of(name).values()),
+            "routes": sum(1 for route in routes["routes"] if route["dev"] == name),
+        })
+    return found
+
+
+def look(params, system):
+    """Read and join: the result of the module."""
+    routes = live_routes.read_state(system, params["table"])
+    found = read_generations(system, params["interface"], routes)
+    content = read_text(params["document_file"])
+    doc = read_document(params["document_file"]) if content is not None else None
+    current = params["generation"]
+    if current is None:
+        current = doc["generation"] if doc is not None else 0
+    # A device whose name says nothing of generations is alone.
+    shown = found[min(current, len(found) - 1)]
+    peers, warnings = [], []
+    if doc is not None:
+        if not params["node"]:
+            raise MeshError("node: the name of this host in the mesh document is needed")
+        node_entry(doc, params["node"])
+        devices = [(current, shown["name"], shown["state"])]
+        devices += [(item["generation"], item["name"], item["state"]) for item in found if item is not shown and item["link"] is not None]
+        peers = _status.join_generations(doc, params["node"], devices, routes, time.time())
+        if shown["link"] is None:
+            warnings.append("device %s is missing; run the playbook enable" % shown["name"])
+        for item in found:
+            if item["link"] is not None:
+                if not item["link"]["up"]:
+                    warnings.append("device %s is down; run the playbook enable" % item["name"])
+                warnings += loose_filter_warnings(item["name"])
+    there = [item for item in found if item["link"] is not None or item["key"] or item["boot"] or item["routes"]]
+    if len(there) > 1:
+        warnings.append("two generations of keys are here: a rotation is under way or was interrupted; run rotate_keys to go on")
+    link, device = shown["link"], shown["state"]
+    return {
+        "node": params["node"],
+        "exists": doc is not None or any(item["link"] is not None for item in found),
+        "device": None if link is None else {
+            "name": shown["name"],
+            "implementation": "kernel" if link["kind"] == "wireguard" else "userspace",
+            "up": link["up"],
+            "mtu": link["mtu"],
+            "listen_port": device["listen_port"] if device else None,
+            "public_key": device["public_key"] if device else None,
+            "addresses": link["addresses"],
+        },
+        "document": None if doc is None else {"serial": doc["serial"], "generation": doc["generation"], "sha256": document_sha256(doc)},
+        "generations": [
+            {"generation": item["generation"], "name": item["name"], "device": item["link"] is not None, "key": item["key"],
+             "boot": item["boot"], "routes": item["routes"]} for item in there],
+        "sending": bool(routes["rules"]),
+        "encrypts": encrypts(routes),
+        "counts": _status.counts(peers),
+        "peers": _status.detailed(peers, params["detail"]),
+        "warnings_of_mesh": warnings,
+    }
+
+
+def encrypts(routes):
+    """What the rules make of the tables: ``nodes``, ``pods`` or ``nothing``."""
+    if not routes["rules"]:
+        return "nothing"
+    return "nodes" if any(rule["not_fwmark"] for rule in routes["rules"]) else "pods"
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -171,49 +293,17 @@ def main():
             # The action part takes it; it is here for the documentation and for checks of the arguments.
             "document_src": {"type": "path"},
             "node": {"type": "str"},
-            "generation": {"type": "int", "choices": [0, 1], "default": 0},
+            "generation": {"type": "int", "choices": [0, 1]},
+            "detail": {"type": "str", "choices": list(_status.DETAILS), "default": "all"},
             "table": {"type": "int", "default": 51840},
         },
         supports_check_mode=True,
     )
-    params = module.params
     try:
-        system = System(module)
-        link, device = live_device.read(system, params["interface"])
-        routes = live_routes.read_state(system, params["table"])
-        doc = read_document(params["document_file"]) if read_text(params["document_file"]) is not None else None
-        peers, warnings = [], []
-        if doc is not None:
-            if not params["node"]:
-                raise MeshError("node: the name of this host in the mesh document is needed")
-            node_entry(doc, params["node"])
-            peers = _status.join(doc, params["node"], params["generation"], device, routes, params["interface"], time.time())
-            if link is None:
-                warnings.append("device %s is missing; run the playbook enable" % params["interface"])
-            else:
-                if not link["up"]:
-                    warnings.append("device %s is down; run the playbook enable" % params["interface"])
-                warnings += loose_filter_warnings(params["interface"])
+        result = look(module.params, System(module))
     except MeshError as exc:
         module.fail_json(msg=str(exc))
-    module.exit_json(
-        changed=False,
-        node=params["node"],
-        exists=doc is not None or link is not None,
-        device=None if link is None else {
-            "name": params["interface"],
-            "implementation": "kernel" if link["kind"] == "wireguard" else "userspace",
-            "up": link["up"],
-            "mtu": link["mtu"],
-            "listen_port": device["listen_port"] if device else None,
-            "public_key": device["public_key"] if device else None,
-            "addresses": link["addresses"],
-        },
-        sending=bool(routes["rules"]),
-        counts=_status.counts(peers),
-        peers=peers,
-        warnings_of_mesh=warnings,
-    )
+    module.exit_json(changed=False, **result)
 
 
 if __name__ == "__main__":

@@ -113,13 +113,6 @@ def test_devices_of_the_underlay(node):
     assert live.underlay_devices(System(node), [], ["203.0.113.8", "127.0.0.1"], "wgmesh0") == []
 
 
-@pytest.mark.parametrize("name,interface,expected", [
-    ("wgmesh0", "wgmesh0", True), ("wgmesh1", "wgmesh0", True), ("wgmesh0", "wgmesh1", True), ("wgmesh2", "wgmesh0", False),
-    ("wgmesh", "wgmesh0", False), ("eth0", "wgmesh0", False), ("mesh", "mesh", True), ("mesh1", "mesh", True), ("mesh2", "mesh", False)])
-def test_generations(name, interface, expected):
-    assert live.is_generation(name, interface) == expected
-
-
 # --- managers of networks ----------------------------------------------------------------------------------------------------------------
 
 OURS = _persist.paths_of("wgmesh0")["network"]

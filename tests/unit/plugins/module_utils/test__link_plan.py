@@ -21,6 +21,13 @@ OWN = ["198.18.0.11/32", "2001:db8::b/128", "fe80::1234:5678:9abc:def0/64"]
 ADDRESSES = OWN + ["198.18.0.99/32", "fe80::dead:beef/64", "10.244.1.0/32", "2001:db8::ff/128"]
 
 
+@pytest.mark.parametrize("name,interface,expected", [
+    ("wgmesh0", "wgmesh0", True), ("wgmesh1", "wgmesh0", True), ("wgmesh0", "wgmesh1", True), ("wgmesh2", "wgmesh0", False),
+    ("wgmesh", "wgmesh0", False), ("eth0", "wgmesh0", False), ("mesh", "mesh", True), ("mesh1", "mesh", False), ("mesh2", "mesh", False)])
+def test_generations(name, interface, expected):
+    assert plan.is_generation(name, interface) == expected
+
+
 # --- a device as the kernel has it -------------------------------------------------------------------------------------------------------
 
 class Refused(Exception):

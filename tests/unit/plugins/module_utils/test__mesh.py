@@ -394,8 +394,8 @@ class TestDocument:
 
     @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("10.0.0.0/8"),
                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6),
-           st.sampled_from(["schema", "serial", "complete", "generation", "ports", "nodes", "n1", "state", "reason", "uid", "public_keys", "endpoints",
-                            "pod_cidrs", "node_addresses", "probe_addresses", "mtu", "keepalive"]))
+           st.sampled_from(["schema", "serial", "complete", "generation", "ports", "nodes", "n1", "state", "reason", "uid", "public_keys",
+                            "endpoints", "pod_cidrs", "node_addresses", "probe_addresses", "mtu", "keepalive"]))
     def test_whatever_is_in_a_field_is_a_finding_not_a_crash(self, value, field):
         doc = three()
         target = doc if field in doc else doc["nodes"] if field == "n1" else doc["nodes"]["n1"]

@@ -52,11 +52,29 @@ def present(files):
 @pytest.mark.parametrize("networkmanager", [True, False])
 def test_every_file_that_may_be_written_can_be_removed(make, persistence, networkd, networkmanager):
     files = persist.boot_files(make(persistence=persistence), dict(HOST, networkd=networkd, networkmanager=networkmanager))
-    absent = persist.absent_files("wgmesh0")
+    absent = persist.absent_files("wgmesh0", True)
     assert set(present(files)) <= set(absent) and all(text is None for text, dummy in absent.values())
     # and what is not wanted this time is said to be absent, so that a change of mind leaves nothing
     own = {path for path in absent if path not in (persist.NETWORKD_CONF, persist.NETWORKMANAGER_CONF, persist.SYSCTL_FILE)}
     assert own <= set(files)
+
+
+@pytest.mark.parametrize("make,persistence", ALL)
+def test_one_generation_goes_and_the_other_keeps_what_it_needs(make, persistence):
+    sister = dict(make(persistence=persistence), interface="wgmesh1", private_key_file="/etc/wireguard/wgmesh1.key")
+    stays = persist.boot_files(sister, HOST)
+    gone = set(persist.absent_files("wgmesh0", False))
+    assert gone == set(persist.paths_of("wgmesh0").values()) and not gone & set(present(stays))
+
+
+@pytest.mark.parametrize("make,persistence", ALL)
+def test_what_generations_share_is_the_same_for_both(make, persistence):
+    """Or each run would change it twice."""
+    files = [persist.boot_files(dict(make(persistence=persistence), interface=name, private_key_file="/etc/wireguard/%s.key" % name), HOST)
+             for name in ("wgmesh0", "wgmesh1")]
+    shared = set(files[0]) & set(files[1])
+    assert persist.SYSCTL_FILE in shared and persist.DEVICE_UNIT_FILE in shared
+    assert {path: files[0][path] for path in shared} == {path: files[1][path] for path in shared}
 
 
 def test_files_of_each_way():
@@ -99,7 +117,7 @@ def test_no_private_key_anywhere(make, persistence):
     for path, text in present(persist.boot_files(make(persistence=persistence), HOST)).items():
         assert "PrivateKey" not in text and "PresharedKey" not in text, path
         for word in re.findall(r"private-key (\S+)", text):
-            assert word.strip("'") == "/etc/wireguard/wgmesh0.key"
+            assert word.strip("'").replace("%i", "wgmesh0") == "/etc/wireguard/wgmesh0.key"
         for key in re.findall(r"[A-Za-z0-9+/]{43}=", text):
             assert key in KEYS[:3]
 
@@ -268,7 +286,8 @@ def test_only_the_section_match_counts():
 def test_managers_are_told_to_keep_away():
     assert sections(persist.networkd_conf_text()) == [
         ("[Network]", [("ManageForeignRoutingPolicyRules", "no"), ("ManageForeignRoutes", "no")])]
-    assert sections(persist.networkmanager_conf_text("wgmesh0")) == [("[keyfile]", [("unmanaged-devices+", "interface-name:wgmesh0")])]
+    assert sections(persist.networkmanager_conf_text("wgmesh0")) == [
+        ("[keyfile]", [("unmanaged-devices+", "interface-name:wgmesh0;interface-name:wgmesh1")])]
 
 
 # --- scripts and units -------------------------------------------------------------------------------------------------------------------

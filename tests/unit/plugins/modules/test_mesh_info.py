@@ -86,6 +86,44 @@ def test_all_is_well(host, run):
     assert run(check=True)["peers"] == result["peers"]
 
 
+def test_what_of_it_is_returned(host, run):
+    for detail, number in (("all", 2), ("problems", 0), ("none", 0)):
+        result = run(detail=detail)
+        assert result["counts"] == {"encrypted": 2} and len(result["peers"]) == number
+    host.wg.states["wgmesh0"]["peers"][key(2)]["last_handshake"] = NOW - 1000
+    assert [peer["name"] for peer in run(detail="problems")["peers"]] == ["b"]
+
+
+def test_which_document_and_which_generations(host, run):
+    result = run()
+    assert result["document"] == {"serial": 1, "generation": 0, "sha256": _mesh.document_sha256(host.doc)}
+    assert result["generations"] == [{"generation": 0, "name": "wgmesh0", "device": True, "key": False, "boot": False, "routes": 4}]
+    assert result["encrypts"] == "pods"
+
+
+def test_in_the_middle_of_a_rotation(host, run):
+    """One peer is reached through the new device already, the other still through the old one: both are encrypted."""
+    second = {name: dict(node, public_keys=dict(node["public_keys"], **{"1": key(number)}),
+                         probe_addresses=dict(node["probe_addresses"], **{"1": _mesh.probe_address(key(number))}))
+              for number, (name, node) in enumerate(sorted(host.doc["nodes"].items()), 11)}
+    doc = _mesh.validate_document(dict(host.doc, generation=1, nodes=second))
+    host.files.content[DOCUMENT] = (_mesh.document_bytes(doc).decode(), 0o644)
+    host.node.add_link("wgmesh1", "wireguard", ["198.18.0.11/32", "fe80::2/64"], mtu=1400, mode="none")
+    host.files.sysctls["net/ipv4/conf/wgmesh1/rp_filter"] = "2"
+    host.wg.states["wgmesh1"] = dict(host.wg.states["wgmesh0"], name="wgmesh1", public_key=key(11), peers={
+        peer_key: dict(host.wg.states["wgmesh0"]["peers"][key(2)], endpoint=peer["endpoint"], allowed_ips=peer["allowed_ips"])
+        for peer_key, peer in _mesh.peers_of(doc, "a", 1).items()})
+    for routes in host.node.routes.values():
+        for route in routes.values():
+            if route["peer"] == "b":
+                route["dev"] = "wgmesh1"
+    result = run()
+    assert [(peer["name"], peer["state"], peer["generation"]) for peer in result["peers"]] == [("b", "encrypted", 1), ("c", "encrypted", 0)]
+    assert result["device"]["name"] == "wgmesh1" and [item["routes"] for item in result["generations"]] == [2, 2]
+    assert "rotation" in result["warnings_of_mesh"][0] and "rotate_keys" in result["warnings_of_mesh"][0]
+    assert run(generation=0)["device"]["name"] == "wgmesh0"
+
+
 def test_a_userspace_device(host, run):
     host.node.links["wgmesh0"]["kind"] = "tun"
     assert run()["device"]["implementation"] == "userspace"
