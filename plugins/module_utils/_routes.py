@@ -155,7 +155,8 @@ def script_text(state, interface, sysctl_file):
 
     While keys are rotated, the peers that are not proven on the new device still have their routes through the old one: all devices that
     the routes name must be there. A device may be the work of wg-quick, of networkd or of our own unit: what counts is that it is up with
-    the addresses that the routes name, so that is what is waited for. Rules come after routes: if the routes fail, no rule sends anything into an empty table.
+    the addresses that the routes name, so that is what is waited for. Rules come after routes: if the routes fail, no rule sends anything
+    into an empty table.
     """
     sources = sorted({route["src"] for route in state["routes"] if route["src"]})
     devices = sorted({route["dev"] for route in state["routes"] if route["dev"]}) or [interface]

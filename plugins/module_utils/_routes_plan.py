@@ -27,6 +27,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     local_pod_cidrs,
     mesh_mtu,
     primary_addresses,
+    shown,
     table_routes,
 )
 
@@ -41,7 +42,7 @@ def wanted_state(doc, node, settings, proven, present):
 
     :param doc: mesh document.
     :param settings: {"interface": device name, "table": int, "rule_priority": int, "fwmark": int, "encrypt": "pods"|"nodes",
-        "send": bool: whether the rules are wanted, "unproven": "keep"|"drop"}.
+        "send": bool: whether the rules are wanted, "unproven": "keep"|"drop", "exempt_cidrs": [CIDRs: node addresses that stay outside]}.
     :param proven: set of peer names that were reached through the tunnel, or None for every peer.
     :param present: the routes that are there now with their peers (from the file that restores them), for "keep": a peer that is not
         proven keeps the routes it has, because it may only be away (invariant I4).
@@ -52,6 +53,7 @@ def wanted_state(doc, node, settings, proven, present):
     kept = {}
     if settings["unproven"] == "keep":
         kept = {(route["table"], route["dst"], route["peer"]): route["dev"] for route in present}
+    exempt = [ipaddress.ip_network(cidr) for cidr in settings["exempt_cidrs"]]
     routes = []
     families = families_of(doc, node)
     tables = table_routes(doc, node)
@@ -59,6 +61,8 @@ def wanted_state(doc, node, settings, proven, present):
         for dst, peer in entries:
             unproven = proven is not None and peer not in proven
             if unproven and (table, dst, peer) not in kept:
+                continue
+            if table != settings["table"] and is_inside(dst, exempt):
                 continue
             family = family_of(dst)
             # No rule leads there, and a node without IPv6 may not be able to have such routes at all.
@@ -79,6 +83,12 @@ def wanted_state(doc, node, settings, proven, present):
                 "peer": peer,
             })
     return {"routes": sorted(routes, key=route_order), "rules": wanted_rules(doc, node, settings) if settings["send"] else []}
+
+
+def is_inside(cidr, networks):
+    """Whether a prefix lies in one of the networks."""
+    network = ipaddress.ip_network(cidr)
+    return any(network.version == other.version and network.subnet_of(other) for other in networks)
 
 
 def families_of(doc, node):
@@ -335,5 +345,10 @@ def check_settings(settings):
     if not 1 <= priority <= 32765 - PRIORITIES:
         raise MeshError("mesh_rule_priority: %d: the rules must come after local (0) and before main (32766); take 1 to %d"
                         % (priority, 32765 - PRIORITIES))
+    for cidr in settings["exempt_cidrs"]:
+        try:
+            ipaddress.ip_network(cidr)
+        except ValueError as exc:
+            raise MeshError("mesh_exempt_cidrs: %s is not a prefix such as 192.0.2.0/24 (%s)" % (shown(cidr), exc)) from None
     if not 1 <= mark <= 0xFFFFFFFF:
         raise MeshError("mesh_fwmark: %d: a mark is a number from 1 to 0xffffffff" % mark)

@@ -106,6 +106,26 @@ options:
       - pods
       - nodes
     default: pods
+  confirm_timeout:
+    description:
+      - Seconds after which this node by itself takes a change of its rules back that touches what goes from node to node, unless the
+        change is confirmed by then. V(0) is no such safeguard.
+      - A change that waits to be confirmed is not written to disk. Running the module again with the same arguments and without this one
+        confirms it, and writes.
+      - Needs systemd.
+    type: int
+    default: 0
+  confirm:
+    description:
+      - Whether this task is that confirmation. It fails where the node has taken the change back in the meantime.
+    type: bool
+    default: false
+  exempt_cidrs:
+    description:
+      - Node addresses in these prefixes are not reached through the mesh.
+    type: list
+    elements: str
+    default: []
   persist:
     description:
       - Whether the routes and rules are brought back at boot, by C(kubemesh-routes.service).
@@ -126,6 +146,20 @@ EXAMPLES = r"""
     node: worker-1
     send: true
 
+- name: Send node to node as well, to be confirmed within half a minute
+  kubemesh.wireguard.routes:
+    node: worker-1
+    send: true
+    encrypt: nodes
+    confirm_timeout: 30
+
+- name: Confirm it
+  kubemesh.wireguard.routes:
+    node: worker-1
+    send: true
+    encrypt: nodes
+    confirm: true
+
 - name: Back to the way of the CNI, nothing left behind
   kubemesh.wireguard.routes:
     state: absent
@@ -142,6 +176,11 @@ sending:
   returned: always
   type: bool
   sample: true
+armed:
+  description: Whether this node takes the change back unless it is confirmed.
+  returned: always
+  type: bool
+  sample: false
 routed_peers:
   description: Number of peers that have routes after this task.
   returned: always
@@ -174,6 +213,7 @@ steps:
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _confirm
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
@@ -211,7 +251,8 @@ def wanted_of(params, stored, check_mode):
         return {"routes": [], "rules": []}, None, None
     if not params["node"]:
         raise MeshError("node: the name of this host in the mesh document is needed for state=present")
-    settings = {key: params[key] for key in ("interface", "table", "rule_priority", "fwmark", "encrypt", "send", "unproven")}
+    names = ("interface", "table", "rule_priority", "fwmark", "encrypt", "send", "unproven", "exempt_cidrs")
+    settings = {key: params[key] for key in names}
     plan.check_settings(settings)
     doc = read_document(params["document_file"])
     node_entry(doc, params["node"])
@@ -287,6 +328,9 @@ def main():
             "rule_priority": {"type": "int", "default": 400},
             "fwmark": {"type": "int", "default": 4096},
             "encrypt": {"type": "str", "choices": ["pods", "nodes"], "default": "pods"},
+            "confirm_timeout": {"type": "int", "default": 0},
+            "confirm": {"type": "bool", "default": False},
+            "exempt_cidrs": {"type": "list", "elements": "str", "default": []},
             "persist": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
@@ -301,17 +345,30 @@ def main():
 def converge(module, system, known):
     """Read, plan, apply, report: the result of the module; ``known`` is given what a failed task must say as well."""
     params = module.params
+    if params["confirm_timeout"]:
+        _confirm.check_timeout(params["confirm_timeout"])
+    if not module.check_mode:
+        # Being here is the confirmation of whatever was armed: somebody reaches this node.
+        taken_back = _confirm.disarm(system)
+        if params["confirm"] and taken_back:
+            raise MeshError("encrypt: this node was not confirmed within mesh_confirm_timeout and took its rules back; what happened to "
+                            "the way by which it is administered? It sends as it did before this run")
     stored = live.stored_routes()
     wanted, doc, proven = wanted_of(params, stored, module.check_mode)
     current = live.read_state(system, params["table"])
     known["was_sending"] = bool(current["rules"])
     steps = plan.plan_routes(current, wanted)
     boot = wanted if params["persist"] else {"routes": [], "rules": []}
+    armed = bool(params["confirm_timeout"]) and _confirm.must_be_armed(steps)
     file_steps = plan_files(live.wanted_files(boot, params["interface"], SYSCTL_FILE))
     units = unit_steps(system, bool(boot["routes"] or boot["rules"]), file_steps)
 
     carried = 0
     if not module.check_mode:
+        if armed:
+            # What is not confirmed is not there after a reboot.
+            file_steps, units = [], []
+            _confirm.arm(system, steps, params["confirm_timeout"])
         # Files first on the way in, last on the way out: a node that reboots in between comes back as it was, or as it shall be.
         on_the_way_out = params["state"] == "absent"
         if not on_the_way_out:
@@ -329,6 +386,7 @@ def converge(module, system, known):
         "changed": bool(steps or file_steps or units),
         "was_sending": bool(current["rules"]),
         "sending": bool(wanted["rules"]),
+        "armed": armed,
         "routed_peers": len(routed),
         "unrouted_peers": [],
         "kept_peers": [],

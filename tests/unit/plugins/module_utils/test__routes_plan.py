@@ -213,7 +213,7 @@ def test_what_moves_when_a_node_begins_to_send():
 # --- what is wanted ----------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"interface": "wgmesh0", "table": TABLE, "rule_priority": 400, "fwmark": 0x1000, "encrypt": "pods", "send": True,
-            "unproven": "keep"}
+            "unproven": "keep", "exempt_cidrs": []}
 
 
 def entry(number, families=FAMILIES, **other):

@@ -46,7 +46,7 @@ class Host:
                        "last_handshake": NOW - 5, "rx_bytes": 1, "tx_bytes": 2}
             for peer_key, peer in _mesh.peers_of(self.doc, "a", 0).items()}}
         settings = {"interface": "wgmesh0", "table": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "send": True,
-                    "unproven": "keep"}
+                    "unproven": "keep", "exempt_cidrs": []}
         wanted = _routes_plan.wanted_state(self.doc, "a", settings, None, [])
         for route in wanted["routes"]:
             self.node.routes.setdefault((route["family"], route["table"]), {})[route["dst"]] = route

@@ -110,6 +110,60 @@ RULES = ["priority 400 from all lookup 51840"] * 2 + [
     "priority 401 from 10.244.1.0/24 lookup 51841", "priority 401 from fd00:10:244:1::/64 lookup 51841"]
 
 
+# --- a switch that must be confirmed -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def timer(host, monkeypatch):
+    """Instead of systemd: what was armed, and when."""
+    it = {"armed": [], "taken_back": False}
+    monkeypatch.setattr(routes._confirm, "arm", lambda system, steps, seconds: it["armed"].append((len(host.node.changes), seconds)))
+    monkeypatch.setattr(routes._confirm, "disarm", lambda system: it["taken_back"])
+    return it
+
+
+def test_host_encryption_is_armed_before_anything_changes_and_written_when_it_is_confirmed(host, run, timer):
+    run(send=True)
+    written, changes = {name: host.path("etc").joinpath(name).read_text() for name in host.files()}, len(host.node.changes)
+    predicted = run(check=True, send=True, encrypt="nodes", confirm_timeout=30)
+    assert timer["armed"] == [] and len(host.node.changes) == changes
+    switched = run(send=True, encrypt="nodes", confirm_timeout=30)
+    assert timer["armed"] == [(changes, 30)] and switched["armed"] and switched["changed"]
+    assert "priority 402 not from all fwmark 0x1000/0x1000 lookup 51841" in host.rules()
+    assert {name: host.path("etc").joinpath(name).read_text() for name in host.files()} == written, "not after a reboot"
+    confirmed = run(send=True, encrypt="nodes", confirm=True)
+    assert confirmed["changed"] and not confirmed["armed"]
+    assert "priority 402" in host.path("etc").joinpath("rules-ipv4.batch").read_text()
+    assert switched["steps"] + confirmed["steps"] == predicted["steps"]
+    assert not run(send=True, encrypt="nodes", confirm=True)["changed"]
+    assert not run(send=True, encrypt="nodes", confirm_timeout=30)["armed"] and len(timer["armed"]) == 1
+
+
+def test_host_encryption_is_switched_off_under_the_same_guard(host, run, timer):
+    run(send=True, encrypt="nodes")
+    assert run(send=True, confirm_timeout=30)["armed"]
+
+
+def test_pods_alone_need_no_confirmation(host, run, timer):
+    result = run(send=True, confirm_timeout=30)
+    assert not result["armed"] and timer["armed"] == [] and host.files() == ALL_FILES
+
+
+def test_a_change_that_was_taken_back_is_a_failure(host, run, timer):
+    timer["taken_back"] = True
+    result = run(send=True, encrypt="nodes", confirm=True)
+    assert result["failed"] and "took its rules back" in result["msg"] and host.node.changes == []
+    assert not run(send=True).get("failed"), "a new run is not the confirmation of the last one"
+
+
+def test_node_addresses_that_are_exempt(host, run):
+    run(send=True, encrypt="nodes", exempt_cidrs=["198.18.0.12/31"])
+    nodes = {item["dst"] for item in host.state()["routes"] if item["table"] == TABLE + 1}
+    assert nodes == {"2001:db8::2/128", "2001:db8::3/128"}
+    assert {item["dst"] for item in host.state()["routes"] if item["table"] == TABLE and item["family"] == "ipv4"} == {
+        "10.244.2.0/24", "10.244.3.0/24"}
+    assert "mesh_exempt_cidrs: 'x'" in run(exempt_cidrs=["x"])["msg"]
+
+
 # --- what a task does --------------------------------------------------------------------------------------------------------------------
 
 def test_tables_without_rules(host, run):
