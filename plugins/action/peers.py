@@ -261,6 +261,8 @@ class ActionModule(ActionBase):
             "sha256": _mesh.document_sha256(document),
             "complete": document["complete"],
             "generation": document["generation"],
+            "key_generations": sorted({
+                int(generation) for dummy, entry in _mesh.tunnelled_nodes(document["nodes"]) for generation in entry["public_keys"]}),
             "document_changed": document != previous,
             "changes": changes if len(changes) <= CHANGES_RETURNED else
             changes[:CHANGES_RETURNED] + ["and %d more" % (len(changes) - CHANGES_RETURNED)],

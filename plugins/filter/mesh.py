@@ -109,6 +109,52 @@ def membership_lines(computed):
     return lines + list(computed["changes"])
 
 
+def target_generation(computed, doing, infos, back=False):
+    """The generation of keys that a run leads to: 0 or 1.
+
+    A mesh with keys of two generations is in the middle of a rotation, and every run goes on where it stopped; `rotate_keys` begins a new
+    one only where there is none. ``back`` takes it back, to the generation whose keys are older.
+
+    :param computed: what `peers` returned about the cluster as it is.
+    :param doing: name of the playbook.
+    :param infos: results of `mesh_info` of the hosts.
+    """
+    current, there = int(computed["generation"]), list(computed["key_generations"])
+    if doing != "rotate_keys":
+        return current
+    if not there:
+        raise AnsibleFilterError("no node has a key yet, so there is nothing to rotate: run the playbook enable")
+    if back:
+        ages = {}
+        for info in infos:
+            for item in info.get("generations") or []:
+                if item["key_age"] is not None:
+                    ages.setdefault(int(item["generation"]), []).append(item["key_age"])
+        if len(ages) < 2:
+            raise AnsibleFilterError("mesh_rotate_back: no node has keys of two generations, so there is no rotation to be taken back")
+        return max(ages, key=lambda generation: max(ages[generation]))
+    return current if len(there) > 1 else 1 - current
+
+
+def keys_due(hosts, hostvars, days):
+    """One line for people when keys are older than so many days, else an empty text. 0 days is no limit."""
+    ages = {host: (hostvars[host].get("__mesh_key") or {}).get("age") for host in hosts}
+    old = sorted(host for host, age in ages.items() if int(days) and age is not None and age >= int(days) * 86400)
+    if not old:
+        return ""
+    named = ", ".join(old[:10]) + (" and %d more" % (len(old) - 10) if len(old) > 10 else "")
+    return "the keys of %d nodes are %d days old or older (mesh_key_max_age): %s; run the playbook rotate_keys" % (
+        len(old), int(days), named)
+
+
+def old_generations(infos, target, computed):
+    """Generations other than the target of which anything is left, on nodes or in the mesh document."""
+    found = set(computed["key_generations"])
+    for info in infos:
+        found |= {int(item["generation"]) for item in info.get("generations") or []}
+    return sorted(found - {int(target)})
+
+
 def stand_in_key(name):
     """A public key for check mode, where the real one is not made yet: nobody has its private key, and each node has its own."""
     return base64.b64encode(hashlib.sha256(b"kubemesh.wireguard check mode " + str(name).encode("utf-8")).digest()).decode("ascii")
@@ -155,10 +201,13 @@ class FilterModule:
             "progress": progress,
             "all_findings": all_findings,
             "silent_nodes": silent_nodes,
+            "keys_due": keys_due,
             "membership_lines": membership_lines,
             "mesh_table": mesh_table,
             "first_of_each": first_of_each,
             "members_outside": members_outside,
+            "old_generations": old_generations,
             "stand_in_key": stand_in_key,
+            "target_generation": target_generation,
             "unknown_variables": unknown_variables,
         }

@@ -17,6 +17,7 @@ description:
     whether its traffic is encrypted.
   - Nothing is concluded from the document alone. A peer counts as encrypted when the device has it, its pod CIDRs have routes, the rule is
     there, and its last handshake is younger than 275 seconds.
+  - Without O(node) the peers are left out.
   - An idle peer is not down. Run M(kubemesh.wireguard.probe) first, so that every tunnel has been used.
   - Private and preshared keys are neither returned nor read further than the kernel hands them out.
 extends_documentation_fragment:
@@ -59,6 +60,11 @@ EXAMPLES = r"""
     node: worker-1
   register: mesh
 
+- name: Which mesh document and which generations of keys are here
+  kubemesh.wireguard.mesh_info:
+    detail: none
+  register: here
+
 - name: Every peer must be encrypted
   ansible.builtin.assert:
     that: mesh.counts.keys() | difference(['encrypted', 'excluded']) | length == 0
@@ -97,8 +103,8 @@ document:
     sha256: 5f4dcc3b5aa765d61d8327deb882cf992b95990a9151374abd8ff8c5a7a0fe08
 generations:
   description:
-    - What there is of each generation of keys, device, key file, files that restore it at boot, number of routes through it. More than
-      one while keys are rotated.
+    - What there is of each generation of keys, device, key file and its age in seconds, files that restore it at boot, number of routes
+      through it. More than one while keys are rotated.
   returned: always
   type: list
   elements: dict
@@ -107,6 +113,7 @@ generations:
       name: wgmesh0
       device: true
       key: true
+      key_age: 86400
       boot: true
       routes: 8
 encrypts:
@@ -215,34 +222,54 @@ def read_generations(system, interface, routes):
     names = generations_of(interface)
     for number, name in enumerate(names):
         link, state = live_device.read(system, name)
+        age = key_age("/etc/wireguard/%s.key" % name, time.time())
         found.append({
             "generation": number, "name": name, "link": link, "state": state,
-            "key": os.path.exists("/etc/wireguard/%s.key" % name),
+            "key": age is not None,
+            "key_age": age,
             "boot": any(os.path.exists(path) for path in paths_of(name).values()),
             "routes": sum(1 for route in routes["routes"] if route["dev"] == name),
         })
     return found
 
 
+def key_age(path, now):
+    """Seconds since a key file was made, None where there is none."""
+    try:
+        return max(0, int(now - os.stat(path).st_mtime))
+    except OSError:
+        return None
+
+
+def own_document(params):
+    """(document or None, warnings). Without a node nothing is joined, so a damaged document is no obstacle then: a run writes it anew."""
+    if read_text(params["document_file"]) is None:
+        return None, []
+    try:
+        return read_document(params["document_file"]), []
+    except MeshError as exc:
+        if params["node"]:
+            raise
+        return None, ["%s: %s" % (params["document_file"], exc)]
+
+
 def look(params, system):
     """Read and join: the result of the module."""
     routes = live_routes.read_state(system, params["table"])
     found = read_generations(system, params["interface"], routes)
-    content = read_text(params["document_file"])
-    doc = read_document(params["document_file"]) if content is not None else None
+    doc, warnings = own_document(params)
     current = params["generation"]
     if current is None:
         current = doc["generation"] if doc is not None else 0
     # A device whose name says nothing of generations is alone.
     shown = found[min(current, len(found) - 1)]
-    peers, warnings = [], []
-    if doc is not None:
-        if not params["node"]:
-            raise MeshError("node: the name of this host in the mesh document is needed")
+    peers = []
+    if doc is not None and params["node"]:
         node_entry(doc, params["node"])
         devices = [(current, shown["name"], shown["state"])]
         devices += [(item["generation"], item["name"], item["state"]) for item in found if item is not shown and item["link"] is not None]
         peers = _status.join_generations(doc, params["node"], devices, routes, time.time())
+    if doc is not None:
         if shown["link"] is None:
             warnings.append("device %s is missing; run the playbook enable" % shown["name"])
         for item in found:
@@ -269,7 +296,7 @@ def look(params, system):
         "document": None if doc is None else {"serial": doc["serial"], "generation": doc["generation"], "sha256": document_sha256(doc)},
         "generations": [
             {"generation": item["generation"], "name": item["name"], "device": item["link"] is not None, "key": item["key"],
-             "boot": item["boot"], "routes": item["routes"]} for item in there],
+             "key_age": item["key_age"], "boot": item["boot"], "routes": item["routes"]} for item in there],
         "sending": bool(routes["rules"]),
         "encrypts": encrypts(routes),
         "counts": _status.counts(peers),

@@ -295,6 +295,12 @@ generation:
   returned: unless O(discover=true)
   type: int
   sample: 0
+key_generations:
+  description: The generations of which any node of the mesh has a key. Two of them while keys are rotated.
+  returned: unless O(discover=true)
+  type: list
+  elements: int
+  sample: [0]
 source:
   description: The source that was used. V(nodes) when O(nodes) was given.
   returned: always

@@ -53,7 +53,8 @@ def test_filters_are_documented(name):
 def test_every_documented_filter_exists():
     documented = {name[:-4] for name in os.listdir(FOLDER) if name.endswith(".yml")}
     assert set(FILTERS) <= documented
-    assert documented - set(FILTERS) == {"findings_table"}, "that one has a file of its own"
+    # Those that have a file of their own.
+    assert documented - set(FILTERS) == {"findings_table", "lock_verdict"}
 
 
 # --- batches and progress ----------------------------------------------------------------------------------------------------------------
@@ -187,3 +188,51 @@ def test_unknown_variables():
     assert FILTERS["unknown_variables"](["mesh_port", "mesh_ports", "mesh_xyzzy", "mesh_table"], known) == [
         "mesh_ports: there is no such variable; did you mean mesh_port?", "mesh_xyzzy: there is no such variable"]
     assert FILTERS["unknown_variables"](known, known) == []
+
+
+# --- generations of keys -----------------------------------------------------------------------------------------------------------------
+
+def there(*generations):
+    """What `mesh_info` says of a host with these (generation, age of its key)."""
+    return {"generations": [{"generation": generation, "key_age": age} for generation, age in generations]}
+
+
+@pytest.mark.parametrize("current,keys,doing,expected", [
+    (0, [], "enable", 0), (0, [0], "enable", 0), (1, [1], "enable", 1), (1, [0, 1], "enable", 1), (0, [0, 1], "reconcile", 0),
+    # a rotation begins, goes on, and the next one leads back
+    (0, [0], "rotate_keys", 1), (1, [0, 1], "rotate_keys", 1), (1, [1], "rotate_keys", 0), (0, [0, 1], "rotate_keys", 0)])
+def test_target_generation(current, keys, doing, expected):
+    computed = {"generation": current, "key_generations": keys}
+    assert FILTERS["target_generation"](computed, doing, [there((0, 5))]) == expected
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("old", [0, 1])
+def test_taking_a_rotation_back_leads_to_the_older_keys(current, old):
+    """However often it is said, and whatever the last run was about to do."""
+    computed = {"generation": current, "key_generations": [0, 1]}
+    infos = [there((old, 9000), (1 - old, 10)), there((old, 9000)), there()]
+    assert FILTERS["target_generation"](computed, "rotate_keys", infos, True) == old
+
+
+def test_nothing_to_rotate_and_nothing_to_take_back():
+    with pytest.raises(AnsibleFilterError, match="enable"):
+        FILTERS["target_generation"]({"generation": 0, "key_generations": []}, "rotate_keys", [])
+    with pytest.raises(AnsibleFilterError, match="mesh_rotate_back"):
+        FILTERS["target_generation"]({"generation": 0, "key_generations": [0]}, "rotate_keys", [there((0, 5))], True)
+
+
+def test_old_generations():
+    def old(target, keys, *infos):
+        return FILTERS["old_generations"](list(infos), target, {"key_generations": keys})
+
+    assert old(0, [0], there((0, 5)), there()) == []
+    assert old(1, [0, 1], there((0, 5))) == [0], "the document still has the old keys"
+    assert old(0, [0], there((0, 5)), there((1, 5))) == [1], "a node has something of keys that nobody else knows of"
+
+
+def test_keys_that_are_due():
+    hostvars = {host: {"__mesh_key": {"age": age}} for host, age in (("a", 86400 * 90), ("b", 86400 * 90 - 1), ("c", None))}
+    hostvars["d"] = {}
+    assert "1 nodes are 90 days old or older (mesh_key_max_age): a;" in FILTERS["keys_due"](list(hostvars), hostvars, 90)
+    assert FILTERS["keys_due"](list(hostvars), hostvars, 91) == "" == FILTERS["keys_due"](list(hostvars), hostvars, 0)

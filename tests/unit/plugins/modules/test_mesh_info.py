@@ -97,7 +97,8 @@ def test_what_of_it_is_returned(host, run):
 def test_which_document_and_which_generations(host, run):
     result = run()
     assert result["document"] == {"serial": 1, "generation": 0, "sha256": _mesh.document_sha256(host.doc)}
-    assert result["generations"] == [{"generation": 0, "name": "wgmesh0", "device": True, "key": False, "boot": False, "routes": 4}]
+    assert result["generations"] == [
+        {"generation": 0, "name": "wgmesh0", "device": True, "key": False, "key_age": None, "boot": False, "routes": 4}]
     assert result["encrypts"] == "pods"
 
 
@@ -174,7 +175,7 @@ def test_a_device_without_document(host, run):
 
 
 @pytest.mark.parametrize("arguments,words", [
-    ({"node": None}, "node: the name of this host"), ({"node": "z"}, "'z'"), ({"generation": 3}, "generation")])
+    ({"node": "z"}, "'z'"), ({"generation": 3}, "generation")])
 def test_errors_name_what_is_wrong(host, run, arguments, words):
     result = run(**arguments)
     assert result["failed"] and words in result["msg"]
