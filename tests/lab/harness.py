@@ -51,15 +51,21 @@ class Watched:
     Pings at 20/s on every flow, TCP streams of full segments both ways, and with a NodePort new and lasting connections to it.
     """
 
-    def __init__(self, lab, kinds=traffic.KINDS, flows=None):
-        self.lab, self.kinds, self.flows = lab, kinds, flows
+    def __init__(self, lab, kinds=traffic.KINDS, flows=None, streams=True):
+        self.lab, self.kinds, self.flows, self.streams = lab, kinds, flows, streams
         self.tools, self.reports = {}, {}
+
+    @staticmethod
+    def all_flows(lab, kinds=traffic.KINDS):
+        """The flows that are watched, to choose from; without streams and requests, which take all nodes."""
+        return traffic.matrix(lab, kinds, None)
 
     def __enter__(self):
         self.tools["pings"] = traffic.start_pings(self.lab, kinds=self.kinds, flows=self.flows)
         # Full segments ten times a second on each: userspace WireGuard on two cores has no room for more on top of the pings.
-        self.tools["streams"] = traffic.start_streams(self.lab, bits_per_second=120_000)
-        if self.lab.options.nodeport:
+        if self.streams:
+            self.tools["streams"] = traffic.start_streams(self.lab, bits_per_second=120_000)
+        if self.lab.options.nodeport and self.streams:
             self.tools["requests"] = traffic.start_requests(self.lab)
         time.sleep(1)  # every flow has packets and connections before anything happens
         return self
@@ -70,14 +76,16 @@ class Watched:
             self.judge()
 
     def judge(self):
-        pings, streams = self.reports["pings"], self.reports["streams"]
+        pings = self.reports["pings"]
         said = "\n".join(traffic.describe(report) for report in self.reports.values())
         assert pings["sent"] > 100 and pings["drops"] == 0, said
         lost = [
             "%(source)s -> %(target)s %(family)s lost %(lost)d at %(lost_at)s" % dict(flow, lost_at=flow["lost_at"][:5])
             for flow in pings["flows"] if flow["lost"]]
         assert not lost, "lost packets:\n%s\n%s" % ("\n".join(lost[:40]), said)
-        assert streams["sent"] > 0 and streams["errors"] == 0 and streams["wrong"] == 0, said
+        if self.streams:
+            streams = self.reports["streams"]
+            assert streams["sent"] > 0 and streams["errors"] == 0 and streams["wrong"] == 0, said
         if "requests" in self.reports:
             requests = self.reports["requests"]
             assert requests["ok"] > 0, said
@@ -107,6 +115,12 @@ def assert_encrypted(lab, kinds=("pod-pod", "host-pod", "pod-host")):
     assert seen["wireguard_frames"] > 0, traffic.describe(seen)
 
 
+def text_of(lab, node, script):
+    """What a shell script on a node prints."""
+    printed = lab.exec(node, ["sh", "-c", script]).stdout
+    return printed.decode() if isinstance(printed, bytes) else printed
+
+
 def traces(lab, node):
     """Everything of a node that the mesh could leave behind, as text by what it is."""
     script = r"""
@@ -125,8 +139,7 @@ echo "## nft"; nft list ruleset 2>/dev/null | grep -v counter
 echo "## units"; systemctl list-unit-files --no-legend --no-pager | sort
 echo "## processes"; ps -eo args | grep -E 'wireguard|kubemesh' | grep -v grep || true
 """
-    text = lab.exec(node, ["sh", "-c", script]).stdout
-    text = text.decode() if isinstance(text, bytes) else text
+    text = text_of(lab, node, script)
     parts = {}
     for part in text.split("## ")[1:]:
         title, dummy, body = part.partition("\n")

@@ -24,6 +24,7 @@ from harness import (
     keep_on_failure,
     made,
     playbook,
+    text_of,
     traces,
     wire,
 )
@@ -103,8 +104,7 @@ def test_reboot_brings_the_mesh_back_before_pods_start(lab):
     assert after["device"]["public_key"] == before["device"]["public_key"]
     assert after["device"]["addresses"] == before["device"]["addresses"]
     assert after["sending"]
-    log = lab.exec("node-3", ["cat", "/var/log/kubelet-start.log"]).stdout
-    text = log.decode() if isinstance(log, bytes) else log
+    text = text_of(lab, "node-3", "cat /var/log/kubelet-start.log")
     # A boot is noted between a line that begins with "===" and "=== end".
     last = text.rpartition("=== end")[0].rpartition("=== ")[2]
     assert "wgmesh0" in last and "lookup 51840" in last, last

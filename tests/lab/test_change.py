@@ -1,0 +1,184 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What changes while a mesh is in use: nodes and prefixes that come, move and go, new keys, host encryption. Nothing is lost by any of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from harness import (
+    Watched,
+    all_encrypted,
+    assert_encrypted,
+    infos,
+    keep_on_failure,
+    made,
+    playbook,
+    text_of,
+    wire,
+)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    found = made("change", nodes=3, pods=1, rp_filter=1, masquerade=True, nodeport=True)
+    playbook(found, "enable")
+    yield found
+    if not keep_on_failure():
+        found.down()
+
+
+def sessions(lab, node, device):
+    """{peer's public key: (last handshake, bytes received)} as `wg` reports them."""
+    lines = text_of(lab, node, "wg show %s dump" % device).splitlines()[1:]
+    return {line.split("\t")[0]: (int(line.split("\t")[4]), int(line.split("\t")[5])) for line in lines}
+
+
+def go_on(before, after):
+    """Whether the sessions with these peers are the same ones: counters only grow, and nobody was removed and added again."""
+    return all(key in after and after[key][1] > received for key, (dummy, received) in before.items())
+
+
+def node_list(lab, change):
+    """A NodeList file as the cluster has it, with a change to it: the arguments that make a run read it."""
+    listed = json.loads((lab.state / "nodes.json").read_text())
+    change({item["metadata"]["name"]: item for item in listed["items"]}, listed["items"])
+    path = lab.state / "changed-nodes.json"
+    path.write_text(json.dumps(listed))
+    return ["-e", "mesh_nodes_source=file", "-e", "mesh_nodes_file=%s" % path]
+
+
+def behind(lab, node):
+    """{peer: its allowed IPs without the probe address} of a node."""
+    return {row["name"]: [text for text in row["addresses"] if not text.startswith("fe80:")] for row in infos(lab)[node]["peers"]}
+
+
+EXTRA = "10.245.7.0/24"
+
+
+def test_reconcile_where_nothing_changed(lab):
+    with Watched(lab):
+        run = playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
+    assert set(run.changed().values()) == {0}
+
+
+def test_a_node_that_joins_disturbs_nobody(lab):
+    before = sessions(lab, "node-1", "wgmesh0")
+    with Watched(lab):
+        lab.add_node()
+        playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
+    assert go_on(before, sessions(lab, "node-1", "wgmesh0"))
+    assert all_encrypted(lab)
+    assert_encrypted(lab)
+
+
+def test_a_prefix_comes_and_moves_and_goes(lab):
+    """The prefix of one node becomes another's in one run; all others are in use all the time."""
+    before = sessions(lab, "node-1", "wgmesh0")
+
+    def owned_by(owner):
+        def change(nodes, dummy):
+            if owner:
+                nodes[owner]["spec"]["podCIDRs"].append(EXTRA)
+        return node_list(lab, change)
+
+    with Watched(lab):
+        for owner in ("node-2", "node-3", None):
+            playbook(lab, "reconcile", *owned_by(owner))
+            found = behind(lab, "node-1")
+            assert [peer for peer in found if EXTRA in found[peer]] == ([owner] if owner else [])
+    assert go_on(before, sessions(lab, "node-1", "wgmesh0"))
+
+
+def test_a_node_that_left_is_forgotten_by_all_others(lab):
+    before = sessions(lab, "node-1", "wgmesh0")
+    gone = infos(lab)["node-4"]["device"]["public_key"]
+    lab.cut("node-4")
+
+    def change(nodes, items):
+        items.remove(nodes["node-4"])
+
+    here = [node for node in lab.nodes if node != "node-4"]
+    flows = [flow for flow in Watched.all_flows(lab) if "node-4" not in flow["source"] + flow["target"]]
+    with Watched(lab, flows=flows, streams=False):
+        playbook(lab, "reconcile", *node_list(lab, change), "--limit", ",".join(here))
+    after = sessions(lab, "node-1", "wgmesh0")
+    assert gone not in after and go_on({key: value for key, value in before.items() if key != gone}, after)
+    lab.heal("node-4")
+    # The same name, a new key: as if it had been installed anew.
+    lab.exec("node-4", ["sh", "-c", "systemctl disable --now kubemesh-routes wg-quick@wgmesh0; systemctl stop kubemesh-userspace@wgmesh0; "
+                        "ip rule flush; ip rule add pref 32766 lookup main; ip -6 rule flush; ip -6 rule add pref 32766 lookup main; "
+                        "rm -rf /etc/kubemesh /etc/wireguard/wgmesh0.*"])
+    with Watched(lab, flows=flows, streams=False):
+        playbook(lab, "reconcile", *node_list(lab, lambda nodes, items: None))
+    assert infos(lab)["node-4"]["device"]["public_key"] != gone
+    assert all_encrypted(lab)
+
+
+def keys(lab):
+    """{node: names of the key files}"""
+    return {node: text_of(lab, node, "ls /etc/wireguard | grep key$ || true").split() for node in lab.nodes}
+
+
+@pytest.mark.parametrize("generation", [1, 0])
+def test_rotation_twice_in_a_row(lab, generation):
+    before = {node: found["device"]["public_key"] for node, found in infos(lab).items()}
+    with Watched(lab):
+        playbook(lab, "rotate_keys", "-e", "mesh_nodes_source=inventory")
+    after = infos(lab)
+    assert {found["device"]["name"] for found in after.values()} == {"wgmesh%d" % generation}
+    assert not set(before.values()) & {found["device"]["public_key"] for found in after.values()}
+    assert keys(lab) == {node: ["wgmesh%d.key" % generation] for node in lab.nodes}
+    assert all_encrypted(lab)
+    assert_encrypted(lab)
+    run = playbook(lab, "enable", preflight=False)
+    assert set(run.changed().values()) == {0}
+
+
+def test_host_encryption_on_and_off(lab):
+    assert wire(lab, kinds=("host-host",))["clear_frames"] > 0
+    with Watched(lab):
+        playbook(lab, "enable", "-e", "mesh_encrypt=nodes", preflight=False)
+    assert {found["encrypts"] for found in infos(lab).values()} == {"nodes"}
+    assert_encrypted(lab, kinds=("pod-pod", "host-pod", "pod-host", "host-host"))
+    run = playbook(lab, "enable", "-e", "mesh_encrypt=nodes", preflight=False)
+    assert set(run.changed().values()) == {0}
+    with Watched(lab):
+        playbook(lab, "enable", preflight=False)
+    assert {found["encrypts"] for found in infos(lab).values()} == {"pods"}
+    assert wire(lab, kinds=("host-host",))["clear_frames"] > 0
+
+
+# Breaks the way of the controller as soon as the node sends node to node, and gives it back when it does not.
+LOCK_OUT = """
+while sleep 0.05; do
+    if ip rule | grep -q '^402:'; then
+        ip rule | grep -q '^50:' || ip rule add pref 50 to 198.18.0.2 unreachable
+    else
+        ip rule | grep -q '^50:' && ip rule del pref 50
+    fi
+done
+"""
+
+
+def test_who_is_locked_out_is_let_in_again(lab):
+    """The switch breaks the way by which the node is administered: the node takes it back, the run says so, and goes no further."""
+    lab.exec("node-1", ["systemd-run", "--unit=lock-out", "sh", "-c", LOCK_OUT])
+    try:
+        with Watched(lab):
+            run = playbook(lab, "enable", "-e", "mesh_encrypt=nodes", "-e", "mesh_confirm_timeout=8", preflight=False, rc=2)
+    finally:
+        lab.exec("node-1", ["sh", "-c", "systemctl stop lock-out; ip rule del pref 50 2>/dev/null || true"])
+    assert "took its rules back" in run.text and "0 of" not in run.text
+    assert {found["encrypts"] for found in infos(lab).values()} == {"pods"}
+    assert all_encrypted(lab)
+    assert text_of(lab, "node-1", "cat /etc/kubemesh/rules-ipv4.batch").count("priority 402") == 0
+    run = playbook(lab, "enable", preflight=False)
+    assert set(run.changed().values()) == {0}
