@@ -345,7 +345,7 @@ def check_settings(settings):
     if not 1 <= priority <= 32765 - PRIORITIES:
         raise MeshError("mesh_rule_priority: %d: the rules must come after local (0) and before main (32766); take 1 to %d"
                         % (priority, 32765 - PRIORITIES))
-    for cidr in settings["exempt_cidrs"]:
+    for cidr in settings.get("exempt_cidrs", ()):
         try:
             ipaddress.ip_network(cidr)
         except ValueError as exc:
