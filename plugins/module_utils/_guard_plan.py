@@ -11,7 +11,8 @@ Pure: standard library only, no I/O, no clock, Python 3.8 and newer.
 
 The guard drops what `_routes_plan` would have put into the tunnel and what is not there: with ``pods`` everything to and from pods of other
 nodes, and between pods of this node and addresses of other nodes; with ``nodes`` also what goes from node to node. Whatever names a node
-is an element of a set; there is a fixed number of rules for any number of nodes.
+is an element of a set; there is a fixed number of rules for any number of nodes. Two nodes with the same settings judge a packet between
+them alike: what the one lets out, the other lets in.
 
 An *interval* is ``(4 or 6, first address, last address)`` with addresses as numbers; an *element* of a set is an interval or, in sets of
 names and ports, text. A *table* is ``{"skeleton": everything but elements and counts, "elements": {set: [element]}, "counters": {name:
@@ -209,7 +210,8 @@ def merged(pairs):
             (version, first, last), other = result[-1]
             both = (version, first, max(last, one[2]))
             # Whose it is can only be said where one of them is all of it.
-            result[-1] = (both, other if both == (version, first, last) else name if both == one else "")
+            owners = [owner for owner, piece in ((other, (version, first, last)), (name, one)) if owner and piece == both]
+            result[-1] = (both, owners[0] if owners else "")
         else:
             result.append((one, name))
     return result
@@ -303,7 +305,7 @@ def chains(wanted):
             ("arriving", "prerouting", PRIORITY_IN, "iifname", "daddr", "saddr", "in_pods")):
         rules = ["type filter hook %s priority %d; policy accept;" % (hook, priority), "%s @links accept" % device]
         families = (("ip", 4), ("ip6", 6))
-        rules += ["%s %s @exempt%d accept" % (family, far, version) for family, version in families]
+        rules += ["%s %s @exempt%d accept" % (family, end, version) for end in (far, near) for family, version in families]
         rules += ["%s %s @pods%d counter name %s drop" % (family, far, version, counter) for family, version in families]
         rules += ["%s %s @own_pods%d %s %s @nodes%d counter name %s drop" % (family, near, version, family, far, version, counter)
                   for family, version in families]
@@ -385,7 +387,7 @@ def table_from_nft(text):
     data = json.loads(text)
     if not isinstance(data, dict) or not isinstance(data.get("nftables"), list):
         raise ValueError("no list of objects")
-    skeleton = {"table": {}, "chains": {}, "sets": {}, "counters": [], "rules": {}, "others": []}
+    skeleton = _empty_skeleton()
     elements, counters = {}, {}
     for item in data["nftables"]:
         kind, value = next(iter(item.items()))
@@ -430,9 +432,13 @@ def element_from_nft(kind, element):
         return None
 
 
-def counters_from_nft(text):
-    """The counters of ``nft -j list counters table``."""
-    return table_from_nft(text)["counters"]
+def unreadable_table(reason):
+    """A live table of which nft prints no JSON: versions up to 1.0.6 print whatever is in memory as the flags of a table that has some."""
+    return {"skeleton": dict(_empty_skeleton(), others=[reason]), "elements": {}, "counters": {}}
+
+
+def _empty_skeleton():
+    return {"table": {}, "chains": {}, "sets": {}, "counters": [], "rules": {}, "others": []}
 
 
 # --- from one to the other ---------------------------------------------------------------------------------------------------------------

@@ -96,9 +96,9 @@ options:
     default: []
   exempt_cidrs:
     description:
-      - Remote addresses that may be reached by any way, whether they are those of nodes or of pods.
-      - The address at the other end counts, which is the destination of what leaves this node, and the source of what comes in. A node
-        whose address is in here is only exempt with that address, not with its pods.
+      - Packets with either end in these prefixes may take any way, whether that is a node or a pod. Either end, so that the nodes at both
+        ends of a packet judge it alike.
+      - A node whose address is in here is only exempt with that address, not with its pods.
     type: list
     elements: str
     default: []
