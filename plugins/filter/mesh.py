@@ -33,13 +33,13 @@ def progress(done, total, batch, hostvars, started, now):
     return _status.progress_line(int(done), int(total), proven, expected, float(started), float(now))
 
 
-def mesh_table(hosts, hostvars, variable, only_problems=False):
+def mesh_table(hosts, hostvars, variable):
     """Lines of text for people, from what ``mesh_info`` left in a variable of each host."""
     infos = []
     for host in hosts:
         info = hostvars[host].get(variable) or {"msg": "not reached"}
         infos.append(dict(info, node=info.get("node") or host))
-    return _status.mesh_table(infos, only_problems)
+    return _status.mesh_table(infos)
 
 
 def batch_problems(batch, alive, hostvars):

@@ -187,11 +187,11 @@ def columns(rows):
     return lines
 
 
-def mesh_table(nodes, only_problems=False):
+def mesh_table(nodes):
     """The mesh for people, a block per node.
 
-    :param nodes: results of `mesh_info`, {"node", "device", "sending", "peers": rows, "warnings_of_mesh"}, or {"node", "msg": error}.
-    :param only_problems: leave out peers that are encrypted.
+    :param nodes: results of `mesh_info`, {"node", "device", "sending", "counts", "peers": rows,
+        "warnings_of_mesh"}, or {"node", "msg": error}.
     :returns: list of lines.
     """
     lines = []
@@ -203,8 +203,9 @@ def mesh_table(nodes, only_problems=False):
         lines.append("%s: %s, %s, %s" % (
             info["node"], "%s (%s)" % (device["name"], device["implementation"]) if device else "no mesh device",
             "sends through the mesh" if info["sending"] else "does not send through the mesh",
-            ", ".join("%d %s" % (number, state) for state, number in counts(info["peers"]).items()) or "no peers"))
-        shown = [row for row in info["peers"] if not (only_problems and row["state"] == "encrypted")]
+            # Not all peers need be in the result, the counts are of all.
+            ", ".join("%d %s" % (number, state) for state, number in info["counts"].items()) or "no peers"))
+        shown = info["peers"]
         if shown:
             table = [["PEER", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT", "STATE", "BEHIND IT"]]
             for row in shown:

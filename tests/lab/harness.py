@@ -62,11 +62,12 @@ class Watched:
 
     def __enter__(self):
         self.tools["pings"] = traffic.start_pings(self.lab, kinds=self.kinds, flows=self.flows)
-        # Full segments ten times a second on each: userspace WireGuard on two cores has no room for more on top of the pings.
+        # Full segments five times a second on each, and a new connection to each NodePort seven times: a packet through userspace
+        # WireGuard costs 0.1 ms on each side, and two cores have no room for more on top of the pings.
         if self.streams:
-            self.tools["streams"] = traffic.start_streams(self.lab, bits_per_second=120_000)
+            self.tools["streams"] = traffic.start_streams(self.lab, bits_per_second=60_000)
         if self.lab.options.nodeport and self.streams:
-            self.tools["requests"] = traffic.start_requests(self.lab)
+            self.tools["requests"] = traffic.start_requests(self.lab, interval=0.15)
         time.sleep(1)  # every flow has packets and connections before anything happens
         return self
 

@@ -84,10 +84,10 @@ def test_a_prefix_comes_and_moves_and_goes(lab):
     before = sessions(lab, "node-1", "wgmesh0")
 
     def owned_by(owner):
-        def change(nodes, dummy):
-            if owner:
-                nodes[owner]["spec"]["podCIDRs"].append(EXTRA)
-        return node_list(lab, change)
+        path = lab.state / "more.yml"
+        cidrs = {node: [*lab.pod_cidrs(node).values()] + [EXTRA] * (node == owner) for node in lab.nodes}
+        path.write_text(json.dumps({"all": {"hosts": {node: {"mesh_pod_cidrs": cidrs[node]} for node in cidrs}}}))
+        return ["-e", "mesh_nodes_source=inventory", "-i", str(path)]
 
     with Watched(lab):
         for owner in ("node-2", "node-3", None):

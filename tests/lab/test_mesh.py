@@ -116,17 +116,6 @@ def test_reboot_brings_the_mesh_back_before_pods_start(lab):
     assert set(run.changed().values()) == {0}
 
 
-def test_a_node_is_added(lab):
-    with Watched(lab):
-        lab.add_node()
-        for node, before in lab.before.items():
-            # The data path of the lab has routes to the new node's pods: those stay when the mesh is gone.
-            before["routes"] += [line for line in traces(lab, node)["routes"] if "10.244.4.0/24" in line or "fd00:10:244:4::/64" in line]
-        playbook(lab, "enable")
-    assert all_encrypted(lab)
-    assert_encrypted(lab)
-
-
 def test_limit_removes_nothing(lab):
     with Watched(lab):
         run = playbook(lab, "enable", "--limit", "node-2", preflight=False)
@@ -135,9 +124,9 @@ def test_limit_removes_nothing(lab):
 
 
 def test_an_unreachable_host_is_kept(lab):
-    lab.cut("node-4")
+    lab.cut("node-3")
     playbook(lab, "enable", "-e", "mesh_probe_timeout=8", rc=4, preflight=False)
-    lab.heal("node-4")
+    lab.heal("node-3")
     # Nothing of it was removed: no run is needed for its traffic to be encrypted again.
     playbook(lab, "status")
     assert all_encrypted(lab)
@@ -148,9 +137,8 @@ def test_an_unreachable_host_is_kept(lab):
 
 def test_disable_of_one_node_keeps_what_others_need(lab):
     with Watched(lab):
-        playbook(lab, "disable", "--limit", "node-4")
-    assert {node: found["sending"] for node, found in infos(lab).items()} == {
-        "node-1": True, "node-2": True, "node-3": True, "node-4": False}
+        playbook(lab, "disable", "--limit", "node-3")
+    assert {node: found["sending"] for node, found in infos(lab).items()} == {"node-1": True, "node-2": True, "node-3": False}
     with Watched(lab):
         playbook(lab, "enable", preflight=False)
 
@@ -159,11 +147,14 @@ def test_disable_loses_nothing_and_leaves_no_trace(lab):
     with Watched(lab):
         playbook(lab, "disable")
     assert wire(lab)["clear_frames"] > 0
+    # A reboot of its own changes what systemd notes of a boot, so node-3 is not compared.
     for node in ("node-1", "node-2"):
         assert differences(lab.before[node], traces(lab, node)) == []
 
 
-def test_enable_again_after_disable(lab):
+def test_enable_again_with_one_more_node(lab):
     with Watched(lab):
+        lab.add_node()
         playbook(lab, "enable", preflight=False)
+    assert all_encrypted(lab)
     assert_encrypted(lab)

@@ -690,7 +690,7 @@ class Streams(Loop):
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-BULK_SECONDS, BULK_BYTES = 0.1, 2500  # about two full segments every 100 ms: 0.2 Mbit/s
+BULK_SECONDS, BULK_BYTES = 0.2, 2500  # about two full segments every 200 ms: 0.1 Mbit/s
 SILENT_SECONDS = 5.0  # TCP has repeated a lost segment several times by then (RFC 6298: from 1 s down to 0.2 s on Linux, doubling)
 
 

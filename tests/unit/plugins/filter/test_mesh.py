@@ -82,7 +82,7 @@ def test_progress():
 
 
 def test_mesh_table():
-    info = {"node": "worker-1", "device": None, "sending": False, "peers": [], "warnings_of_mesh": ["something"]}
+    info = {"node": "worker-1", "device": None, "sending": False, "counts": {}, "peers": [], "warnings_of_mesh": ["something"]}
     hostvars = {"w1": {"__info": info}, "w2": {"__info": {"failed": True, "msg": "no ip"}}, "w3": {}}
     lines = FILTERS["mesh_table"](["w1", "w2", "w3"], hostvars, "__info")
     assert lines == ["worker-1: no mesh device, does not send through the mesh, no peers", "  something", "", "w2: no ip", "",
@@ -91,7 +91,6 @@ def test_mesh_table():
             "reason": ""}
     hostvars["w1"]["__info"] = dict(info, peers=[peer], warnings_of_mesh=[])
     assert len(FILTERS["mesh_table"](["w1"], hostvars, "__info")) == 4
-    assert len(FILTERS["mesh_table"](["w1"], hostvars, "__info", True)) == 2
     assert "__mesh" not in hostvars["w1"]["__info"] and hostvars["w1"]["__info"]["node"] == "worker-1"
 
 

@@ -279,9 +279,9 @@ def test_columns_are_aligned(rows):
 
 
 def info(**other):
-    rows = World().rows()
+    rows = other.get("peers", World().rows())
     return dict({"node": "a", "device": {"name": "wgmesh0", "implementation": "kernel"}, "sending": True, "peers": rows,
-                 "warnings_of_mesh": []}, **other)
+                 "counts": status.counts(rows), "warnings_of_mesh": []}, **other)
 
 
 def test_table_of_a_node():
@@ -294,10 +294,9 @@ def test_table_of_a_node():
 
 
 def test_only_problems():
-    assert status.mesh_table([info()], only_problems=True) == ["a: wgmesh0 (kernel), sends through the mesh, 1 encrypted", ""]
     rows = World().rows()
     rows.append(dict(rows[0], name="c", state="missing", reason="not a peer", endpoint=None, handshake_age=None, addresses=[]))
-    lines = status.mesh_table([info(peers=rows)], only_problems=True)
+    lines = status.mesh_table([info(peers=status.detailed(rows, "problems"), counts=status.counts(rows))])
     assert lines[0] == "a: wgmesh0 (kernel), sends through the mesh, 1 encrypted, 1 missing"
     assert lines[2].split() == ["c", "-", "never", "8.8", "KiB", "7.9", "KiB", "missing", "-"]
     assert lines[3:] == ["  c: not a peer", ""]
