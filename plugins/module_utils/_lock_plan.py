@@ -90,6 +90,8 @@ def check_controller(value):
 
 def check_request(params):
     """What a module's arguments ask for: ``{"state", "run", "who", "doing", "started", "controller", "lease", "take_over"}``."""
+    if params.get("started") is None and params["state"] != "absent":
+        raise MeshError("started: when the run began is needed, in seconds since the epoch, the same on all nodes")
     return {
         "state": params["state"],
         "run": check_run(params["run"]),
@@ -177,11 +179,12 @@ def decide(text, age, request, clock):
     if holder is not None and not own:
         if left_of(holder, clock) <= 0:
             taken_over = dict(public(holder), reason="expired")
+            revoked = ([holder["run"]] + revoked)[:REVOKED_MAX]
         elif holder["run"] == request["take_over"]:
+            # it never asks again: nothing to be remembered, and so nothing to be left behind
             taken_over = dict(public(holder), reason="dead")
         else:
             return text, _result(request, holder, clock)
-        revoked = ([holder["run"]] + revoked)[:REVOKED_MAX]
     after = {name: request[name] for name in ("run", "who", "doing", "started", "controller", "lease")}
     after.update(
         # a run that holds is not set back by one that asks again for its claim
@@ -266,11 +269,11 @@ def _message(request, result, wait):
 # --- all nodes -----------------------------------------------------------------------------------------------------------------------
 
 def verdict(results, run, started, path="/run/kubemesh/lock.json"):
-    """Whether a run goes on after it asked for the locks of its nodes: ``{"verdict", "message", "holders"}``.
+    """Whether a run goes on after it asked for the locks of its nodes: ``{"verdict", "message", "holders", "wait_on"}``.
 
     ``results``: ``{host: what the module returned}`` of one round; a host without result (None, or empty) was not reached and does not
-    count. ``go``: all locks are this run's. ``retry``: another run gives way, ask again. ``yield``: give back what was taken, and wait or
-    stop.
+    count. ``go``: all locks are this run's. ``retry``: another run gives way, ask again. ``yield``: give back what was taken, and stop or
+    wait for the first of ``holders`` on the host ``wait_on``, which is empty where it is of no use to wait.
     """
     check_run(run)
     own = (float(started), run)
@@ -299,7 +302,9 @@ def verdict(results, run, started, path="/run/kubemesh/lock.json"):
     stronger = [found for found in met if found["phase"] == "held" or not (holding or own < found["order"])]
     text = "; ".join("%s (on %s)" % (_holder_entry(found)["message"], _hosts(found["hosts"])) for found in stronger or met)
     if stronger:
-        return _verdict("yield", "another run changes the mesh: %s; %s" % (text, REMEDY % path), holders)
+        weaker = [found for found in met if found not in stronger]
+        return _verdict("yield", "another run changes the mesh: %s; %s" % (text, REMEDY % path),
+                        [_holder_entry(found) for found in stronger + weaker], wait_on=stronger[0]["hosts"][0])
     return _verdict("retry", "another run asked at the same time and gives way: %s" % text, holders)
 
 
@@ -313,8 +318,8 @@ def _sound(result, run):
     return isinstance(holder, dict) and holder.get("run") not in (None, run) and holder.get("phase") in PHASES
 
 
-def _verdict(what, message, holders):
-    return {"verdict": what, "message": message, "holders": holders}
+def _verdict(what, message, holders, wait_on=""):
+    return {"verdict": what, "message": message, "holders": holders, "wait_on": wait_on}
 
 
 def shown_text(text, limit=500):

@@ -79,6 +79,15 @@ options:
       - Seconds after which the lock ends if it is not renewed. A run has to renew it more often than that.
     type: int
     default: 900
+  wait:
+    description:
+      - With O(state=absent), seconds to wait until no other run has the lock of this node, after that of O(run) is given back. The task
+        does not fail when that takes longer. RV(holder) then says who still has it.
+      - A run that gave way can so wait for the other one and then claim its nodes again. One node of the other run is enough, see
+        P(kubemesh.wireguard.lock_verdict#filter).
+      - The action part waits, on the controller. It does not wait for a run that is known to be dead, and not in check mode.
+    type: int
+    default: 0
   path:
     description:
       - The lock file. It must not survive a reboot of the node.
@@ -149,6 +158,15 @@ EXAMPLES = r"""
   kubemesh.wireguard.lock:
     state: absent
     run: "{{ run_id }}"
+
+- name: Wait up to ten minutes for the run that was met
+  kubemesh.wireguard.lock:
+    state: absent
+    run: "{{ run_id }}"
+    wait: 600
+  delegate_to: "{{ lock_verdict.wait_on or inventory_hostname }}"
+  run_once: true
+  when: lock_verdict.wait_on | length > 0
 """
 
 RETURN = r"""
@@ -275,6 +293,7 @@ def main():
             "who": {"type": "str"},
             "doing": {"type": "str"},
             "lease": {"type": "int", "default": 900},
+            "wait": {"type": "int", "default": 0},
             "path": {"type": "path", "default": "/run/kubemesh/lock.json"},
             "controller": {"type": "dict", "options": {
                 "host": {"type": "str"},

@@ -164,7 +164,7 @@ def test_the_name_of_a_program_may_be_anything(stat, expected, monkeypatch, tmp_
 def test_who_runs(variables, expected, monkeypatch):
     monkeypatch.setattr(controller.getpass, "getuser", lambda: "root")
     assert controller.who_runs(variables) == expected.replace("HOST", socket.gethostname())
-    _lock_plan.check_request({"state": "held", "run": "run-a", "lease": 900, "who": controller.who_runs(variables)})
+    _lock_plan.check_request({"state": "held", "run": "run-a", "started": 1.0, "lease": 900, "who": controller.who_runs(variables)})
 
 
 @pytest.mark.parametrize("problem", [KeyError("uid"), OSError("No username set"), ImportError("pwd")])
