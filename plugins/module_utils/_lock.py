@@ -54,10 +54,10 @@ def transact(path, request, check_mode, clock=node_clock):
         after, result = _lock_plan.decide(text, age, request, clock())
         if after != text and not check_mode:
             _replace(path, directory, name, after)
-    if after is None and text is not None and not check_mode:
-        # Unless somebody keeps other things there. Who waits for its lock just now sees that it is gone, and makes another one.
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
+            if after is None:
+                # Unless somebody keeps other things there. While it is locked: who waits for that then sees that it is gone.
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
     return result
 
 
@@ -75,7 +75,9 @@ def _opened(path, folder, create):
     try:
         while handle is None:
             if create:
-                os.makedirs(folder, mode=DIRECTORY_MODE, exist_ok=True)
+                # "exists", and then it does not: another module removes it just now
+                with contextlib.suppress(FileExistsError):
+                    os.makedirs(folder, mode=DIRECTORY_MODE, exist_ok=True)
             try:
                 handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
