@@ -41,7 +41,7 @@ test-live: ## Modules against userspace WireGuard in network namespaces (root)
 	@$(RUN) gate live
 
 test-lab: ## The playbooks on a cluster of hosts with systemd (root)
-	@$(RUN) gate lab lab-more
+	@$(RUN) gate lab lab-variants lab-change
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel

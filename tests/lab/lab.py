@@ -1052,23 +1052,32 @@ class Lab:
         env["KUBEMESH_LAB_MEMBER"] = str(self.state)
         return env
 
+    def start_ansible_playbook(self, args, log=None, python_venv=None, env=None, program="ansible-playbook"):
+        """ansible-playbook with the lab's inventory in the controller's namespace, a session of its own: the Popen object.
+
+        ``log``: an open file for what it prints; by default nowhere.
+        """
+        dummy = self.options  # an error says so when the lab is not up
+        argv = ["ip", "netns", "exec", self.namespace("ctl"), program, "-i", str(self.inventory()), *[str(arg) for arg in args]]
+        if log is not None:
+            log.write(f"$ {shlex.join(argv)}\n".encode())
+            log.flush()
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log or subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                                   start_new_session=True, env={**self.ansible_env(python_venv), **(env or {})})
+        self.note_pid(f"playbook-{process.pid}", process.pid)
+        return process
+
     def ansible_playbook(self, args, python_venv=None, timeout=900, env=None, quiet=True, program="ansible-playbook"):
         """Run ansible-playbook with the lab's inventory in the controller's namespace.
 
         Returns a CompletedProcess: returncode (124 after a timeout, its whole process group is then ended), stdout (with stderr) and,
         as attribute log, the path of the file that holds the same output.
         """
-        dummy = self.options  # an error says so when the lab is not up
-        argv = ["ip", "netns", "exec", self.namespace("ctl"), program, "-i", str(self.inventory()), *[str(arg) for arg in args]]
         number = len(list((self.state / "logs").glob("playbook-*.log"))) + 1
         log = self.state / "logs" / f"playbook-{number:03d}.log"
         with open(log, "wb") as handle:
-            handle.write(f"$ {shlex.join(argv)}\n".encode())
-            handle.flush()
-            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True,
-                                       env={**self.ansible_env(python_venv), **(env or {})})
-            self.note_pid(f"playbook-{process.pid}", process.pid)
-            shown = len(f"$ {shlex.join(argv)}\n".encode())
+            process = self.start_ansible_playbook(args, handle, python_venv, env, program)
+            shown = handle.tell()  # what it prints, not how it was called
             deadline = time.monotonic() + timeout
             code = None
             try:
@@ -1088,7 +1097,7 @@ class Lab:
                 raise
             finally:
                 (self.state / "pids" / f"playbook-{process.pid}.json").unlink(missing_ok=True)
-        result = subprocess.CompletedProcess(argv, code, log.read_text(errors="replace"), "")
+        result = subprocess.CompletedProcess(process.args, code, log.read_text(errors="replace"), "")
         result.log = log
         return result
 

@@ -383,12 +383,19 @@ def live(context):
     return pytest(context, *test_files("live"), pythonpath=[tree(context).parents[2]])
 
 
-LAB_MORE = ("test_faults.py", "test_variants.py")
+# Lab tests that are checks of their own; "lab" is the others.
+LAB_FILES = {
+    "lab-variants": ("test_faults.py", "test_variants.py"),
+    "lab-change": ("test_change.py", "test_kill.py"),
+}
 
 
-def lab_tests(context, files):
-    """pytest on lab tests, with the installed artifact as the collection that the playbooks come from."""
+def lab_tests(context, group):
+    """pytest on the lab tests of a group, with the installed artifact as the collection that the playbooks come from."""
     need_root()
+    elsewhere = {name for names in LAB_FILES.values() for name in names}
+    files = [path for path in test_files("lab")
+             if (path.name in LAB_FILES[group] if group in LAB_FILES else path.name not in elsewhere)]
     env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
     return pytest(context, *files, pythonpath=[artifact(context)[1], TESTS / "lab"], env=env)
 
@@ -396,13 +403,19 @@ def lab_tests(context, files):
 @check("lab", timeout=2700, cores=2)
 def lab(context):
     """The collection on hosts with systemd, over ssh, with traffic that must not be lost."""
-    return lab_tests(context, [path for path in test_files("lab") if path.name not in LAB_MORE])
+    return lab_tests(context, "lab")
 
 
-@check("lab-more", timeout=2700, cores=2)
-def lab_more(context):
+@check("lab-variants", timeout=2700, cores=2)
+def lab_variants(context):
     """Other clusters, and hosts and batches that fail."""
-    return lab_tests(context, [path for path in test_files("lab") if path.name in LAB_MORE])
+    return lab_tests(context, "lab-variants")
+
+
+@check("lab-change", timeout=2700, cores=2)
+def lab_change(context):
+    """What changes while a mesh is in use, and controllers that are killed."""
+    return lab_tests(context, "lab-change")
 
 
 @check("molecule", timeout=600, cores=2)

@@ -204,7 +204,7 @@ class Gate:
 
 
 # Groups that "all" leaves out for now, because they have not yet passed as a whole in one run on two cores: they count as missing.
-NOT_YET = ("lab-more",)
+NOT_YET = ("lab-variants", "lab-change")
 
 
 def choose(names):

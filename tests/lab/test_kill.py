@@ -1,0 +1,81 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The controller is killed at a random moment of every operation: all pods stay connected, nothing is lost, and one more run finishes.
+
+KUBEMESH_KILLS says how many (12), KUBEMESH_SEED which moments; the seed is printed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, states
+
+KILLS = int(os.environ.get("KUBEMESH_KILLS", "12"))
+SEED = int(os.environ.get("KUBEMESH_SEED", random.SystemRandom().randrange(1 << 32)))
+
+POD, NODE = ["-e", "mesh_encrypt=pods"], ["-e", "mesh_encrypt=nodes"]
+# name: (playbook, arguments); each begins where the one before ended.
+OPERATIONS = {
+    "enable": ("enable", POD), "rotate_keys": ("rotate_keys", []), "nodes on": ("enable", NODE), "reconcile": ("reconcile", []),
+    "nodes off": ("enable", POD), "disable": ("disable", []),
+}
+
+
+def arguments(name):
+    book, args = OPERATIONS[name]
+    return book, [*args, *([] if book == "disable" else ["-e", "mesh_nodes_source=inventory", "-e", "mesh_preflight=false"])]
+
+
+@pytest.fixture(scope="module")
+def lab():
+    print("KUBEMESH_SEED=%d" % SEED)
+    found = made("kill", nodes=3, pods=1, rp_filter=1)
+    found.random = random.Random(SEED)
+    # Seconds that an operation takes, measured when it is not killed; the first of its kind is killed within this.
+    found.takes = dict.fromkeys(OPERATIONS, 12.0)
+    yield found
+    if not keep_on_failure():
+        found.down()
+
+
+def killed(lab, name):
+    """Start an operation, and kill every process of it at a random moment; -> the moment in seconds."""
+    book, args = arguments(name)
+    moment = lab.random.uniform(0.5, lab.takes[name])
+    process = lab.start_ansible_playbook(["kubemesh.wireguard.%s" % book, *args])
+    try:
+        time.sleep(moment)
+    finally:
+        # The whole session: a controller that loses power takes its workers along.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return moment
+
+
+@pytest.mark.parametrize("number, name", list(enumerate(itertools.islice(itertools.cycle(OPERATIONS), KILLS))))
+def test_killed(lab, number, name):
+    book, args = arguments(name)
+    with Watched(lab, streams=False):
+        moment = killed(lab, name)
+        print("%s killed after %.1f s" % (name, moment))
+        # What was on its way to the nodes comes to its end there.
+        time.sleep(2)
+        started = time.monotonic()
+        playbook(lab, book, *args, source=None)
+        lab.takes[name] = min(lab.takes[name] * 2, max(3.0, time.monotonic() - started))
+    if name == "disable":
+        assert {found["exists"] for found in infos(lab).values()} == {False}
+    else:
+        assert all_encrypted(lab), states(lab)
