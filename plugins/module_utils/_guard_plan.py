@@ -116,7 +116,7 @@ def wanted_guard(doc, node, settings):
         name for name, entry in sorted(doc["nodes"].items())
         if name != node and entry["state"] != "excluded" and name not in exempt]
     pods = [(interval(cidr), name) for name in guarded for cidr in doc["nodes"][name]["pod_cidrs"]]
-    if guarded:
+    if node not in exempt:
         pods += [(piece, "") for piece in rest_of_networks(doc, settings["pod_networks"], set(guarded))]
     prefixes = {
         "pods": pods,
