@@ -51,8 +51,8 @@ SETTINGS = {
     "pod_networks": [], "admin_ports": [22]}
 
 
-def guard(doc=DOC, node="a", **other):
-    return plan.wanted_guard(doc, node, dict(SETTINGS, **other))
+def guard(doc=None, node="a", **other):
+    return plan.wanted_guard(doc or DOC, node, dict(SETTINGS, **other))
 
 
 def texts(wanted, name):
@@ -204,6 +204,15 @@ def test_interval_text_is_the_interval(one):
 
 # --- which packets are dropped -----------------------------------------------------------------------------------------------------------
 
+def is_family(packet, family):
+    return (":" in packet["saddr"]) == (family == "ip6")
+
+
+@functools.lru_cache(maxsize=None)
+def host(text):
+    return plan.interval(text)
+
+
 MATCHES = (
     (r"(oifname|iifname) @links", lambda packet, sets, dummy: packet["dev"] in sets["links"]),
     (r"(ip6?) (saddr|daddr) @(\w+)", lambda packet, sets, found: is_family(packet, found[1]) and any(
@@ -220,15 +229,6 @@ MATCHES = (
         packet["protocol"] == "too big for udp" and (
             str(packet["dport" if found[1] in ("240", "400") else "sport"]) in found[2].split(", ")))),
 )
-
-
-def is_family(packet, family):
-    return (":" in packet["saddr"]) == (family == "ip6")
-
-
-@functools.lru_cache(maxsize=None)
-def host(text):
-    return plan.interval(text)
 
 
 def verdict(wanted, hook, packet):
