@@ -147,6 +147,26 @@ def keys_due(hosts, hostvars, days):
         len(old), int(days), named)
 
 
+def strict_obstacles(computed, hosts, hostvars, exempt):
+    """Why strict mode cannot be switched on: nodes that are not part of the run, and pairs that are not proven. Lines of text."""
+    names = {hostvars[host]["__mesh_name"] for host in hosts}
+    nodes = set(computed["members"]) | set(computed["pending"]) | set(computed["excluded"])
+    found = []
+    missing = sorted(nodes - names - set(exempt))
+    if missing:
+        named = ", ".join(missing[:20] + ["and more"] * (len(missing) > 20))
+        found.append("these nodes of the cluster are not part of this run: %s" % named)
+    for host in hosts:
+        proof = hostvars[host].get("__mesh_proved_again")
+        if not proof:
+            found.append("host %s was not switched" % host)
+            continue
+        unproven = sorted({entry["name"] for entry in proof.get("unproven") or []} - set(exempt))
+        if unproven:
+            found.append("host %s does not reach %s through the mesh" % (host, ", ".join(unproven[:20])))
+    return found
+
+
 def old_generations(infos, target, computed):
     """Generations other than the target of which anything is left, on nodes or in the mesh document."""
     found = set(computed["key_generations"])
@@ -208,6 +228,7 @@ class FilterModule:
             "members_outside": members_outside,
             "old_generations": old_generations,
             "stand_in_key": stand_in_key,
+            "strict_obstacles": strict_obstacles,
             "target_generation": target_generation,
             "unknown_variables": unknown_variables,
         }

@@ -187,6 +187,15 @@ def columns(rows):
     return lines
 
 
+def guard_lines(guard):
+    """What strict mode dropped on a node, as lines for people; none where it is off."""
+    if not guard or not guard["present"]:
+        return []
+    dropped = ["%s %d packets (%s)" % (name.replace("_", " "), found["packets"], bytes_text(found["bytes"]))
+               for name, found in sorted(guard["counters"].items()) if found["packets"]]
+    return ["  strict: dropped %s" % (", ".join(dropped) or "nothing")]
+
+
 def mesh_table(nodes):
     """The mesh for people, a block per node.
 
@@ -215,6 +224,7 @@ def mesh_table(nodes):
                     bytes_text(row["tx_bytes"]), row["state"], ", ".join(behind) or "-"])
             lines += ["  " + line for line in columns(table)]
             lines += ["  %s: %s" % (row["name"], row["reason"]) for row in shown if row["reason"]]
+        lines += guard_lines(info.get("guard"))
         lines += ["  " + text for text in info["warnings_of_mesh"]]
         lines.append("")
     return lines

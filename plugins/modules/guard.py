@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: guard
 short_description: Drop what should be in the tunnel and is not
-version_added: 1.1.0
+version_added: 1.0.0
 author:
   - Kubemesh contributors (@kubemesh)
 description:

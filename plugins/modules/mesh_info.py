@@ -121,6 +121,31 @@ encrypts:
   returned: always
   type: str
   sample: pods
+guard:
+  description: Strict mode on this node.
+  returned: always
+  type: dict
+  contains:
+    present:
+      description: Whether there is a guard.
+      type: bool
+      sample: true
+    in_force:
+      description: Whether it is what it should be.
+      type: bool
+      sample: true
+    at_boot:
+      description: Whether it is there again after the next boot.
+      type: bool
+      sample: true
+    reason:
+      description: What is wrong with it.
+      type: str
+      sample: ""
+    counters:
+      description: What was dropped, as M(kubemesh.wireguard.guard) returns it.
+      type: dict
+      sample: {"out_pods": {"packets": 0, "bytes": 0}}
 sending:
   description: Whether this node sends through the mesh.
   returned: always
@@ -201,6 +226,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import guard_status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import paths_of
@@ -277,6 +303,9 @@ def look(params, system):
                 if not item["link"]["up"]:
                     warnings.append("device %s is down; run the playbook enable" % item["name"])
                 warnings += loose_filter_warnings(item["name"])
+    guard = guard_status(system)
+    if guard["reason"]:
+        warnings.append("strict mode: %s; run the playbook enable" % guard["reason"])
     there = [item for item in found if item["link"] is not None or item["key"] or item["boot"] or item["routes"]]
     if len(there) > 1:
         warnings.append("two generations of keys are here: a rotation is under way or was interrupted; run rotate_keys to go on")
@@ -297,6 +326,7 @@ def look(params, system):
         "generations": [
             {"generation": item["generation"], "name": item["name"], "device": item["link"] is not None, "key": item["key"],
              "key_age": item["key_age"], "boot": item["boot"], "routes": item["routes"]} for item in there],
+        "guard": guard,
         "sending": bool(routes["rules"]),
         "encrypts": encrypts(routes),
         "counts": _status.counts(peers),

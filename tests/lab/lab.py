@@ -881,16 +881,29 @@ class Lab:
             self._make_node(node, base)
             self._start_node(node)
             self._write_inventory()
+            others = [other for other in self.nodes[:-1] if (self.state / "nodes" / other / "ready").exists()]
             with locked(self.state / "fabric.lock"):
-                for other in self.nodes[:-1]:
-                    if (self.state / "nodes" / other / "ready").exists():
-                        self._plumb_dataplane(other)
-                        self._plumb_nat(other)
+                for other in others:
+                    self._plumb_dataplane(other)
         pid = self.noted_pid("pod-servers")
         if pid:
             os.kill(pid, signal.SIGHUP)  # serve the new pods too
         self.wait_ready(node, 1)
+        if pid and self.options.nodeport:
+            self._wait_served(f"{node}-pod-1")
+        # A NodePort leads to the new node's pod only when that answers, as kube-proxy sees to it by endpoints.
+        with locked(self.state / "fabric.lock"):
+            for other in others:
+                self._plumb_nat(other)
         return node
+
+    def _wait_served(self, pod):
+        """Until something listens in a pod; LabError after 20 s."""
+        for dummy in range(100):
+            if self.exec(pod, ["ss", "-Hltn"]).stdout.strip():
+                return
+            time.sleep(0.2)
+        raise LabError(f"nothing listens in {pod}")
 
     def leader(self, node):
         """Host pid of a node's init; LabError when the node is off."""

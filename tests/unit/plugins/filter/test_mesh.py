@@ -235,3 +235,20 @@ def test_keys_that_are_due():
     hostvars["d"] = {}
     assert "1 nodes are 90 days old or older (mesh_key_max_age): a;" in FILTERS["keys_due"](list(hostvars), hostvars, 90)
     assert FILTERS["keys_due"](list(hostvars), hostvars, 91) == "" == FILTERS["keys_due"](list(hostvars), hostvars, 0)
+
+
+# --- strict mode -------------------------------------------------------------------------------------------------------------------------
+
+def test_strict_mode_needs_every_pair():
+    def obstacles(exempt=(), **proofs):
+        hostvars = {"h" + name: {"__mesh_name": name, "__mesh_proved_again": proof} for name, proof in proofs.items()}
+        computed = {"members": ["a", "b"], "pending": {}, "excluded": {"win": "Windows"}}
+        return FILTERS["strict_obstacles"](computed, sorted(hostvars), hostvars, list(exempt))
+
+    proven = {"unproven": []}
+    assert obstacles(["win"], a=proven, b=proven) == []
+    assert obstacles(a=proven, b=proven) == ["these nodes of the cluster are not part of this run: win"]
+    assert obstacles(["win"], a=proven) == ["these nodes of the cluster are not part of this run: b"]
+    assert obstacles(["win", "b"], a={"unproven": [{"name": "b"}]}) == []
+    assert obstacles(["win"], a={"unproven": [{"name": "b"}]}, b=None) == [
+        "host ha does not reach b through the mesh", "host hb was not switched"]

@@ -302,6 +302,15 @@ def test_only_problems():
     assert lines[3:] == ["  c: not a peer", ""]
 
 
+def test_what_strict_mode_dropped():
+    counters = {"out_pods": {"packets": 3, "bytes": 252}, "in_pods": {"packets": 0, "bytes": 0}}
+    guard = {"present": True, "counters": counters}
+    assert status.mesh_table([info(guard=guard)])[-2] == "  strict: dropped out pods 3 packets (252 B)"
+    counters["out_pods"]["packets"] = 0
+    assert status.mesh_table([info(guard=guard)])[-2] == "  strict: dropped nothing"
+    assert status.mesh_table([info(guard=dict(guard, present=False))]) == status.mesh_table([info()])
+
+
 def test_nodes_that_were_not_reached_and_those_without_device():
     assert status.mesh_table([{"node": "x", "msg": "timed out"}, {"node": "y"}]) == ["x: timed out", "", "y: not reached", ""]
     lines = status.mesh_table([info(device=None, sending=False, peers=[], warnings_of_mesh=["device wgmesh0 is missing"])])

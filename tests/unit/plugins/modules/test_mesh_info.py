@@ -33,6 +33,7 @@ class Host:
 
     def __init__(self):
         self.node = Node()
+        self.guard = {"present": False, "in_force": False, "at_boot": False, "reason": "", "counters": {}}
         self.files, self.wg = Files(self.node), WireGuard(self.node)
         self.node.add_link("eth0", addresses=["198.18.0.11/24"])
         self.node.add_link("wgmesh0", "wireguard", ["198.18.0.11/32", "fe80::1/64"], mtu=1400, mode="none")
@@ -61,6 +62,7 @@ def host(monkeypatch):
     monkeypatch.setattr(mesh_info, "System", lambda module: _system.System(it.node))
     monkeypatch.setattr(_interface, "client_for", it.wg.client_for)
     monkeypatch.setattr(mesh_info.time, "time", lambda: NOW)
+    monkeypatch.setattr(mesh_info, "guard_status", lambda system: it.guard)
     with instead_of_the_kernel(it.node):
         yield it
     assert it.node.changes == [], "a module that looks changes nothing"
@@ -123,6 +125,13 @@ def test_in_the_middle_of_a_rotation(host, run):
     assert result["device"]["name"] == "wgmesh1" and [item["routes"] for item in result["generations"]] == [2, 2]
     assert "rotation" in result["warnings_of_mesh"][0] and "rotate_keys" in result["warnings_of_mesh"][0]
     assert run(generation=0)["device"]["name"] == "wgmesh0"
+
+
+def test_strict_mode(host, run):
+    assert run()["guard"]["present"] is False
+    host.guard = dict(host.guard, present=True, reason="the table differs")
+    result = run()
+    assert result["guard"]["present"] and result["warnings_of_mesh"] == ["strict mode: the table differs; run the playbook enable"]
 
 
 def test_a_userspace_device(host, run):
