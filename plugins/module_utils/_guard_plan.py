@@ -334,9 +334,14 @@ def spared_rules(ports):
 
 
 def leaving_nodes_rules(fwmark):
-    """What may leave for another node: the tunnel itself, that is, what WireGuard marked, and what another member sends through here."""
+    """What may leave for another node: the tunnel itself, that is, what WireGuard marked, and what another member sends through here.
+
+    The preflight marks its packets alike, to measure the way that the tunnel takes; its questions go to the ports of WireGuard.
+    """
+    marked = "meta mark & 0x%x == 0x%x" % (fwmark, fwmark)
     return [
-        "meta mark & 0x%x == 0x%x udp sport @tunnel_ports accept" % (fwmark, fwmark),
+        marked + " udp sport @tunnel_ports accept",
+        marked + " udp dport @tunnel_ports accept",
         # Not ours and without the mark: this node routes or bridges for others.
         "ip saddr @nodes4 udp dport @tunnel_ports accept",
         "ip6 saddr @nodes6 udp dport @tunnel_ports accept",
@@ -349,9 +354,10 @@ def arriving_nodes_rules():
     """What may come in from another node."""
     return [
         "udp dport @tunnel_ports accept",
-        # The port of our own packets may be changed on the way out; then answers come to another one. It also makes the kernel put
-        # fragments together where nobody else asks for it.
+        # The port of our own packets may be changed on the way out; then answers come to another one. Those to the preflight do too. To
+        # look at connections also makes the kernel put fragments together where nobody else asks for it.
         "meta l4proto udp ct direction reply ct original proto-src @tunnel_ports accept",
+        "meta l4proto udp ct direction reply ct original proto-dst @tunnel_ports accept",
         # There is no tunnel to many, and nobody steers it: elections of a virtual address (VRRP) and the like go on.
         "ip daddr { 224.0.0.0/4, 255.255.255.255 } accept",
         "ip6 daddr ff00::/8 accept",

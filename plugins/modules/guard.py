@@ -84,7 +84,8 @@ options:
     elements: int
   fwmark:
     description:
-      - Mark on the packets of WireGuard itself. Only what has it, and comes from one of O(ports), may leave for another node.
+      - Mark on the packets of WireGuard itself. Only what has it, and comes from one of O(ports) or goes to one, may leave for
+        another node. M(kubemesh.wireguard.preflight) marks what it measures with in the same way.
     type: int
     default: 4096
   exempt_nodes:

@@ -447,7 +447,7 @@ def test_wireguards_own_packets(lab, family):
     with lab.counted("a", out_nodes=3):
         assert not lab.leaks("a", there, sport=PORT, port=PORT), "without the mark"
         assert not lab.leaks("a", there, sport=PORT, port=PORT, mark=0x4000)
-        assert not lab.leaks("a", there, sport=5353, port=PORT, mark=MARK), "from another port"
+        assert not lab.leaks("a", there, sport=5353, port=60000, mark=MARK), "the mark alone is not enough"
     with contextlib.closing(Listener(lab, lab.namespace("a"), "udp", PORT)) as listener, lab.counted("a"):
         assert lab.passes("b", lab.address("a", family), listener, sport=PORT, port=PORT)
     with lab.counted("a", out_pods=1):
@@ -464,6 +464,18 @@ def test_wireguards_packets_behind_a_masquerade_that_changes_their_port(lab, siz
             lab.guard("a", encrypt=encrypt)
             with lab.counted("a"):
                 assert lab.send("a", dict(packet, marker="<kmg-%d>" % next(NUMBERS))) == ["answered"], encrypt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_preflight_measures_with(lab, family):
+    """From any port to one of WireGuard's, and back."""
+    lab.guard("a", encrypt="nodes")
+    packet = {"to": lab.address("b", family), "port": PORT + 1, "answer": 1.0}
+    with contextlib.closing(Listener(lab, lab.namespace("b"), "echo", PORT + 1)):
+        with lab.counted("a"):
+            assert lab.send("a", dict(packet, marker="<kmg-%d>" % next(NUMBERS), mark=MARK)) == ["answered"]
+        with lab.counted("a", out_nodes=1):
+            assert lab.send("a", dict(packet, marker="<kmg-%d>" % next(NUMBERS))) == ["EPERM"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -222,8 +222,8 @@ MATCHES = (
     (r"meta mark & (\w+) == (\w+)", lambda packet, sets, found: packet["mark"] & int(found[1], 16) == int(found[2], 16)),
     (r"(udp|tcp) (sport|dport) @(\w+)", lambda packet, sets, found: (
         packet["protocol"] == found[1] and str(packet[found[2]]) in sets[found[3]])),
-    (r"meta l4proto udp ct direction reply ct original proto-src @(\w+)", lambda packet, sets, found: packet["protocol"] == "udp" and (
-        str(packet["answers"]) in sets[found[1]])),
+    (r"meta l4proto udp ct direction reply ct original proto-(src|dst) @(\w+)", lambda packet, sets, found: (
+        packet["protocol"] == "udp" and str(packet["answers"][found[1] == "dst"]) in sets[found[2]])),
     (r"icmpv6 type 133-137 ip6 hoplimit 255", lambda packet, sets, dummy: packet["protocol"] == "discovery"),
     (r"icmp(?:v6)? type \d(?: icmp code 4)? @th,\d+,8 17 @th,(\d+),16 { ([^}]*) }", lambda packet, sets, found: (
         packet["protocol"] == "too big for udp" and (
@@ -280,8 +280,8 @@ def address_of(place, version):
 
 
 def sample(saddr, daddr, **other):
-    plain = {"saddr": saddr, "daddr": daddr, "dev": "eth0", "protocol": "udp", "sport": 40000, "dport": 7, "mark": 0, "answers": 0}
-    return dict(plain, **other)
+    plain = {"saddr": saddr, "daddr": daddr, "dev": "eth0", "protocol": "udp", "sport": 40000, "dport": 7, "mark": 0}
+    return dict(plain, answers=other.pop("answers", (0, 0)), **other)
 
 
 @st.composite
@@ -331,13 +331,15 @@ NODE_A, NODE_B = "198.18.0.11", "198.18.0.12"
     ("out", {"sport": 51840, "dport": 51840, "mark": 0x1000}, False),
     ("out", {"sport": 51841, "dport": 60000, "mark": 0x5000}, False),
     ("out", {"sport": 51840, "dport": 51840, "mark": 0x4000}, True),
-    ("out", {"sport": 40000, "dport": 51840, "mark": 0x1000}, True),
+    ("out", {"sport": 40000, "dport": 51840, "mark": 0x1000}, False),
+    ("out", {"sport": 40000, "dport": 51842, "mark": 0x1000}, True),
     ("out", {"saddr": "198.18.0.13", "dport": 51840}, False),
     ("out", {"saddr": "198.18.0.13", "dport": 53}, True),
     ("out", {"protocol": "tcp", "mark": 0x1000, "sport": 51840}, True),
     ("in", {"dport": 51840}, False), ("in", {"dport": 51841}, False), ("in", {"dport": 51842}, True),
     ("in", {"protocol": "tcp", "dport": 51840}, True),
-    ("in", {"dport": 33333, "answers": 51840}, False), ("in", {"dport": 33333, "answers": 33333}, True),
+    ("in", {"dport": 33333, "answers": (51840, 60000)}, False), ("in", {"dport": 33333, "answers": (33333, 51840)}, False),
+    ("in", {"dport": 33333, "answers": (33333, 53)}, True),
     ("in", {"daddr": "224.0.0.18"}, False), ("in", {"daddr": "255.255.255.255"}, False), ("in", {"daddr": "198.18.0.255"}, True),
     ("both", {"protocol": "tcp", "dport": 22}, False), ("both", {"protocol": "tcp", "sport": 22}, False),
     ("both", {"protocol": "tcp", "dport": 2222}, True), ("both", {"protocol": "udp", "dport": 22}, True),
@@ -376,6 +378,7 @@ chain spared
   icmpv6 type 2 @th,112,8 17 @th,400,16 { 51840, 51841 } accept
 chain leaving_nodes
   meta mark & 0x1000 == 0x1000 udp sport @tunnel_ports accept
+  meta mark & 0x1000 == 0x1000 udp dport @tunnel_ports accept
   ip saddr @nodes4 udp dport @tunnel_ports accept
   ip6 saddr @nodes6 udp dport @tunnel_ports accept
   jump spared
@@ -383,6 +386,7 @@ chain leaving_nodes
 chain arriving_nodes
   udp dport @tunnel_ports accept
   meta l4proto udp ct direction reply ct original proto-src @tunnel_ports accept
+  meta l4proto udp ct direction reply ct original proto-dst @tunnel_ports accept
   ip daddr { 224.0.0.0/4, 255.255.255.255 } accept
   ip6 daddr ff00::/8 accept
   jump spared
