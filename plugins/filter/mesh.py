@@ -157,7 +157,7 @@ def strict_obstacles(computed, hosts, hostvars, exempt):
         named = ", ".join(missing[:20] + ["and more"] * (len(missing) > 20))
         found.append("these nodes of the cluster are not part of this run: %s" % named)
     for host in hosts:
-        proof = hostvars[host].get("__mesh_proved_again")
+        proof = hostvars[host].get("__mesh_reached")
         if not proof:
             found.append("host %s was not switched" % host)
             continue

@@ -109,7 +109,8 @@ def read_text(path):
     try:
         with open(path, "rb") as handle:
             return handle.read().decode("utf-8", "replace")
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+        # The last of a file in /proc whose process ended after it was opened.
         return None
     except OSError as exc:
         raise MeshError("%s cannot be read: %s" % (path, exc)) from None

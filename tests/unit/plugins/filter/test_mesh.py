@@ -241,7 +241,7 @@ def test_keys_that_are_due():
 
 def test_strict_mode_needs_every_pair():
     def obstacles(exempt=(), **proofs):
-        hostvars = {"h" + name: {"__mesh_name": name, "__mesh_proved_again": proof} for name, proof in proofs.items()}
+        hostvars = {"h" + name: {"__mesh_name": name, "__mesh_reached": proof} for name, proof in proofs.items()}
         computed = {"members": ["a", "b"], "pending": {}, "excluded": {"win": "Windows"}}
         return FILTERS["strict_obstacles"](computed, sorted(hostvars), hostvars, list(exempt))
 
