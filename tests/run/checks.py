@@ -386,7 +386,7 @@ def live(context):
 # Lab tests that are checks of their own; "lab" is the others.
 LAB_FILES = {
     "lab-variants": ("test_faults.py", "test_variants.py"),
-    "lab-change": ("test_change.py", "test_kill.py"),
+    "lab-change": ("test_change.py", "test_strict.py", "test_kill.py"),
 }
 
 

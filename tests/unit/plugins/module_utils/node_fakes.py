@@ -358,6 +358,8 @@ class WireGuard:
     def __init__(self, node):
         self.node = node
         self.states = {}
+        self.secrets = {}  # {path of a preshared key: what is in it}
+        self.preshared_keys = {}  # {(device, public key): the preshared key that the device has}
         node.forgotten.append(lambda name: self.states.pop(name, None))
 
     def client_for(self, name, wait=0.0, run_command=None):
@@ -365,11 +367,17 @@ class WireGuard:
             raise MeshError("device %s does not exist" % name)
         return self
 
-    def read(self, name):
+    def read(self, name, preshared_key_files=None):
         state = self.states.get(name) if name in self.node.links else None
-        return copy.deepcopy(state or _wg_plan.empty_state(name))
+        state = copy.deepcopy(state or _wg_plan.empty_state(name))
+        for key, peer in state["peers"].items():
+            if peer["has_preshared_key"] and key in (preshared_key_files or {}):
+                peer["preshared_key_matches"] = self.preshared_keys.get((name, key)) == self.secrets.get(preshared_key_files[key])
+        return state
 
     def apply(self, name, steps):
         for step in steps:
             self.node._change("wg", step["op"], step.get("public_key") or "")
+            if step.get("preshared_key_file"):
+                self.preshared_keys[name, step["public_key"]] = self.secrets[step["preshared_key_file"]]
             self.states[name] = _wg_plan.apply_to_state(self.read(name), step)

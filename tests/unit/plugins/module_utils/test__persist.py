@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _persist as persist
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _psk as psk
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes
 
 KEYS = [base64.b64encode(bytes([number]) * 31 + b"\x40").decode() for number in range(1, 8)]
@@ -39,6 +40,14 @@ def userspace(**other):
 
 
 ALL = [(implementation, persistence) for implementation in (device, userspace) for persistence in ("wg-quick", "systemd-networkd", "none")]
+
+
+FOLDER = "/etc/wireguard/wgmesh0.psk"
+
+
+def protected(make, **other):
+    """A device whose peers have preshared keys."""
+    return make(preshared_keys=FOLDER, **other)
 
 
 def present(files):
@@ -88,6 +97,28 @@ def test_files_of_each_way():
         (False, "wg-quick"): wg_quick, (False, "systemd-networkd"): networkd, (False, "none"): set(),
         (True, "wg-quick"): wg_quick | {persist.START_USERSPACE, persist.USERSPACE_UNIT_FILE},
         (True, "systemd-networkd"): networkd | {persist.USERSPACE_UNIT_FILE}, (True, "none"): {persist.USERSPACE_UNIT_FILE}}
+
+
+@pytest.mark.parametrize("make,persistence", ALL)
+def test_preshared_keys_add_a_script_and_no_key(make, persistence):
+    script = persist.paths_of("wgmesh0")["preshared_keys"]
+    without = persist.boot_files(make(persistence=persistence), HOST)
+    files = persist.boot_files(protected(make, persistence=persistence), HOST)
+    assert without[script] == (None, persist.MODE_PUBLIC) and set(files) == set(without)
+    assert set(present(files)) - set(present(without)) == (set() if persistence == "none" else {script})
+    for path, text in present(files).items():
+        assert "PresharedKey" not in text and (FOLDER not in text or path == script)
+    if persistence != "none":
+        assert not set(KEYS) & set(re.findall(r"[A-Za-z0-9+/]{43}=", files[script][0])), "it asks the device for its peers"
+        assert persist.absent_files("wgmesh0", False)[script][0] is None
+
+
+def test_preshared_keys_come_before_the_private_key():
+    """Without a private key there is no handshake, so there is none without the preshared key."""
+    quick, unit = persist.wg_quick_text(protected(device)), persist.device_unit_text(False, "/k")
+    assert re.search(r"PostUp = .*sh /etc/kubemesh/%i.preshared-keys\nPostUp = wg set %i private-key", quick)
+    assert re.search(r"wg setconf .*sh /etc/kubemesh/%i.preshared-keys.*wg set %i private-key", unit)
+    assert "preshared" not in persist.wg_quick_text(device())
 
 
 def test_hosts_without_managers_get_no_files_for_them():
@@ -301,12 +332,13 @@ STATE = {"rules": [], "routes": [
 def scripts():
     """{name: text} of every shell script, those inside of units and hooks as well."""
     found = {
-        "start-userspace": persist.start_userspace_text(), "restore-routes": _routes.script_text(STATE, "wgmesh0", persist.SYSCTL_FILE),
+        "start-userspace": persist.start_userspace_text(), "preshared keys": persist.preshared_keys_text("wgmesh0", FOLDER),
+        "restore-routes": _routes.script_text(STATE, "wgmesh0", persist.SYSCTL_FILE),
         "restore-routes of a node without addresses": _routes.script_text({"routes": [], "rules": []}, "wgmesh0", persist.SYSCTL_FILE)}
     for name, text in units().items():
         for number, (line, script) in enumerate(re.findall(r"^(Exec\w+)=/bin/sh -c '(.*)'$", text, re.M)):
             found["%s, %s %d" % (name, line, number)] = script.replace("$$", "$").replace("%i", "wgmesh0")
-    for number, hook in enumerate(re.findall(r"^P\w+Up = (.*)$", persist.wg_quick_text(device()), re.M)):
+    for number, hook in enumerate(re.findall(r"^P\w+Up = (.*)$", persist.wg_quick_text(protected(device)), re.M)):
         found["hook %d" % number] = hook.replace("%i", "wgmesh0")
     return found
 
@@ -321,7 +353,7 @@ def units():
 
 
 def test_there_are_scripts():
-    assert len(scripts()) == 11
+    assert len(scripts()) == 13
 
 
 @pytest.mark.parametrize("name", sorted(scripts()))
@@ -336,6 +368,79 @@ def test_scripts_are_good_shell(name):
     command = ["shellcheck", "--shell=sh", "--exclude=SC2034", "-"]
     done = subprocess.run(command, input=scripts()[name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def preshared(tmp_path):
+    """The script that sets preshared keys, with a stand-in for wg that does what wg does and writes down what it was told."""
+    class Preshared:
+        folder, log, peers = tmp_path / "wgmesh0.psk", tmp_path / "log", tmp_path / "peers"
+
+        def add(self, key, content="good"):
+            (self.folder / psk.file_name(key)).write_text(content)
+
+        def run(self, *peers):
+            self.peers.write_text("".join(key + "\n" for key in peers))
+            done = subprocess.run(["sh", "-c", persist.preshared_keys_text("wgmesh0", str(self.folder))], capture_output=True, text=True,
+                                  check=False, env=dict(os.environ, PATH="%s:%s" % (tmp_path, os.environ["PATH"])))
+            calls = self.log.read_text().splitlines() if self.log.exists() else []
+            return done, calls
+
+    it = Preshared()
+    it.folder.mkdir()
+    program = tmp_path / "wg"
+    program.write_text("""#!/bin/sh
+if [ "$*" = "show wgmesh0 peers" ]; then exec cat %s; fi
+[ "$1 $2" = "set wgmesh0" ] || exit 1
+shift 2
+[ $# -gt 0 ] || exit 1
+line=
+while [ $# -gt 0 ]; do
+  [ "$1 $3" = "peer preshared-key" ] && [ "$(cat "$4")" = good ] || { cat "$4" >&2; exit 1; }
+  line="$line $2=${4##*/}"
+  shift 4
+done
+echo $line >> %s
+""" % (it.peers, it.log))
+    program.chmod(0o755)
+    return it
+
+
+def test_the_script_gives_every_peer_its_file(preshared):
+    some = [base64.b64encode(bytes([number % 251]) * 20 + b"\xfb\xff" + number.to_bytes(10, "big")).decode() for number in range(250)]
+    for key in some:
+        preshared.add(key)
+    done, calls = preshared.run(*some)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and len(calls) == 3, "100 at a time"
+    assert sorted(word for line in calls for word in line.split()) == sorted("%s=%s" % (key, psk.file_name(key)) for key in some)
+
+
+def test_only_peers_that_have_a_file_and_files_that_have_a_peer(preshared):
+    """A file that is left over must not add a peer."""
+    for key in KEYS[:3]:
+        preshared.add(key)
+    (preshared.folder / "README").write_text("x")
+    (preshared.folder / (".%s.new" % psk.file_name(KEYS[4]))).write_text("good")
+    done, calls = preshared.run(*KEYS[1:6])
+    assert (done.returncode, done.stderr) == (0, "") and len(calls) == 1
+    assert sorted(calls[0].split()) == sorted("%s=%s" % (key, psk.file_name(key)) for key in KEYS[1:3])
+    assert preshared.run()[0].returncode == 0 and preshared.run(KEYS[5])[0].returncode == 0
+    assert len(preshared.run(KEYS[5])[1]) == 1, "nothing to be done, nothing done"
+
+
+def test_a_damaged_file_keeps_no_other_peer_from_its_key(preshared):
+    for key in KEYS[:4]:
+        preshared.add(key)
+    preshared.add(KEYS[1], "secret but damaged")
+    done, calls = preshared.run(*KEYS[:4])
+    assert done.returncode == 0 and "some preshared keys of wgmesh0 cannot be set" in done.stderr and "secret" not in done.stderr
+    assert sorted(calls) == sorted("%s=%s" % (key, psk.file_name(key)) for key in (KEYS[0], KEYS[2], KEYS[3]))
+
+
+def test_a_directory_that_is_gone_keeps_no_device_down(preshared):
+    preshared.folder.rmdir()
+    done, calls = preshared.run(*KEYS[:4])
+    assert (done.returncode, calls) == (0, [])
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")

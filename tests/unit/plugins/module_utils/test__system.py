@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -158,6 +159,16 @@ def test_text_of_files(tmp_path):
     assert system.read_text(str(tmp_path / "text" / "below")) is None
     with pytest.raises(MeshError, match="cannot be read"):
         system.read_text(str(tmp_path))
+
+
+def test_text_of_a_process_that_ends_while_it_is_read(monkeypatch):
+    """The kernel lets the file be opened, and says ESRCH when it is read."""
+    class Gone(io.BytesIO):
+        def read(self, size=-1):
+            raise ProcessLookupError(3, "No such process")
+
+    monkeypatch.setattr("builtins.open", lambda path, mode: Gone())
+    assert system.read_text("/proc/1/stat") is None
 
 
 def test_plans_of_files(tmp_path):

@@ -493,6 +493,10 @@ def test_device_as_text_names_peers_and_has_no_secrets_and_nothing_that_varies()
         "  allowed IP: 10.0.0.0/24\n"
         "  allowed IP: 10.0.1.0/24\n" % (OWN, B, A))
     assert plan.device_as_text(None) == ""
+    # what a client said that was told which files to compare with
+    for matches, words in ((True, "yes"), (False, "yes, not the one in its file")):
+        other = present_device({A: present_peer(has_preshared_key=True, preshared_key_matches=matches)})
+        assert "  preshared key: %s\n" % words in plan.device_as_text(other)
 
 
 @many

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh, _persist, _system
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh, _persist, _psk, _system
 from ansible_collections.kubemesh.wireguard.plugins.modules import interface
 from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.node_fakes import Files, Node, WireGuard
 
@@ -277,6 +277,107 @@ def test_another_way_of_restoring_it(host, run):
     assert PATHS["wg_quick"] not in host.files.content and PATHS["setconf"] in host.files.content
     assert not host.node.units["wg-quick@wgmesh0.service"]["enabled"] and host.node.units["kubemesh-device@wgmesh0.service"]["enabled"]
     assert "wgmesh0" in host.node.links, "and the live device is not touched"
+
+
+# --- preshared keys ----------------------------------------------------------------------------------------------------------------------
+
+PSK = "/etc/wireguard/wgmesh0.psk"
+
+
+def psk_path(number):
+    return "%s/%s" % (PSK, _psk.file_name(key(number)))
+
+
+def with_keys(host, *numbers, **other):
+    """Files with preshared keys of peers; `other`: what is in them instead of the usual."""
+    host.wg.secrets.update({psk_path(number): other.get("content", "preshared key %d" % number) for number in numbers})
+
+
+def protected(run, **other):
+    return kernel(run, preshared_keys=PSK, **other)
+
+
+@pytest.fixture(autouse=True)
+def preshared_key_files(monkeypatch, host):
+    """The directory is that of the host: those that have a file there are not missing."""
+    monkeypatch.setattr(live._psk_files, "missing", lambda folder, keys: [
+        name for name in sorted(keys) if "%s/%s" % (folder, _psk.file_name(name)) not in host.wg.secrets])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_peers_get_their_preshared_keys(host, run, way):
+    with_keys(host, 2, 3)
+    result = run(preshared_keys=PSK, **way)
+    assert result["changed"] and all(peer["has_preshared_key"] for peer in host.wg.states["wgmesh0"]["peers"].values())
+    assert host.wg.preshared_keys == {("wgmesh0", key(number)): "preshared key %d" % number for number in (2, 3)}
+    assert any(text.startswith("peer b: add") and text.endswith("preshared key from %s" % psk_path(2)) for text in result["steps"])
+    before = list(host.node.changes)
+    again = run(preshared_keys=PSK, **way)
+    assert (again["changed"], again["steps"]) == (False, []) and host.node.changes == before
+
+
+@pytest.mark.parametrize("persistence,path", [("wg-quick", "wg_quick"), ("systemd-networkd", "setconf"), ("none", None)])
+def test_preshared_keys_at_boot(host, run, persistence, path):
+    """By a script that names files; the configuration is the same as without them but for one line."""
+    plain = run(implementation="kernel", persistence=persistence)
+    assert not plain.get("failed")
+    saved = dict(host.files.content)
+    with_keys(host, 2, 3)
+    run(implementation="kernel", persistence=persistence, preshared_keys=PSK)
+    changed = {name for name in host.files.content if host.files.content[name] != saved.get(name)}
+    script = PATHS["preshared_keys"]
+    assert changed == {"wg_quick": {script, PATHS["wg_quick"]}, "setconf": {script}, None: set()}[path]
+    if path:
+        assert PSK in host.files.content[script][0] and host.files.content[script][1] == 0o755
+    run(implementation="kernel", persistence=persistence)
+    assert host.files.content == saved, "and goes with them"
+
+
+def test_a_preshared_key_that_changed_is_set_and_the_session_stays(host, run):
+    with_keys(host, 2, 3)
+    protected(run)
+    host.handshake(2)
+    with_keys(host, 2, content="another one")
+    del host.node.changes[:]
+    expected = protected(run, check=True)
+    result = protected(run)
+    assert host.node.changes == ["wg update_peer " + key(2)] and result["steps"] == ["peer b: set preshared key from %s" % psk_path(2)]
+    assert result["steps"] == expected["steps"] and result["diff"] == expected["diff"]
+    assert "preshared key: yes, not the one in its file" in result["diff"][0]["before"]
+    assert "not the one" not in result["diff"][0]["after"] and len(result["diff"]) == 1
+    assert host.wg.preshared_keys["wgmesh0", key(2)] == "another one" and host.wg.states["wgmesh0"]["peers"][key(2)]["last_handshake"]
+    assert protected(run)["changed"] is False
+
+
+def test_preshared_keys_that_are_not_wanted_are_taken_away(host, run):
+    with_keys(host, 2, 3)
+    protected(run)
+    result = kernel(run)
+    assert "peer b: set no preshared key" in result["steps"]
+    assert not any(peer["has_preshared_key"] for peer in host.wg.states["wgmesh0"]["peers"].values())
+
+
+def test_a_peer_without_a_preshared_key_is_refused(host, run):
+    with_keys(host, 2)
+    result = protected(run)
+    assert result["failed"] and "%s has no preshared key of c; write them first" % PSK in result["msg"] and host.node.changes == []
+    host.document(dict({"a": entry(1)}, **{"n%d" % number: entry(number) for number in range(3, 11)}))
+    assert "n10, n3, n4, n5, n6 and 3 more" in protected(run)["msg"]
+
+
+def test_in_check_mode_they_may_be_still_to_be_written(host, run):
+    expected = protected(run, check=True)
+    assert expected["changed"] and host.node.changes == []
+    with_keys(host, 2, 3)
+    result = protected(run)
+    assert result["steps"] == expected["steps"] and result["diff"] == expected["diff"]
+
+
+@pytest.mark.parametrize("folder", ["/etc/my keys", "relative", "/etc/$(reboot)", "/etc/%i", "/etc/x'y", "/etc/#x", "/etc/x/", "/etc//x",
+                                    "/", "/etc/x|y", "/etc/x&y"])
+def test_a_directory_that_would_break_files(host, run, folder):
+    result = kernel(run, preshared_keys=folder)
+    assert result["failed"] and "preshared_keys" in result["msg"] and host.node.changes == []
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Strict mode: whatever happens to the mesh, no marked packet is ever seen on the underlay, in neither family. And one run at a time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import traffic
+from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, text_of
+
+STRICT = ["-e", "mesh_nodes_source=inventory", "-e", "mesh_strict=true", "-e", "mesh_encrypt=nodes"]
+
+
+@pytest.fixture(scope="module")
+def lab():
+    found = made("strict", nodes=3, pods=1, rp_filter=1)
+    yield found
+    if not keep_on_failure():
+        found.down()
+
+
+def test_strict_mode_refuses_where_a_node_cannot_take_part(lab):
+    run = playbook(lab, "enable", *STRICT, "-e", '{"mesh_exclude_nodes": ["node-3"]}', source=None, rc=2)
+    assert "not part of this run: node-3" in run.text and "mesh_exempt_nodes" in run.text
+    assert not any(found["guard"]["present"] for found in infos(lab).values())
+
+
+def test_it_is_switched_on_without_loss(lab):
+    with Watched(lab):
+        playbook(lab, "enable", *STRICT, source=None, preflight=False)
+    found = infos(lab)
+    assert all(info["guard"]["in_force"] and info["guard"]["at_boot"] and info["encrypts"] == "nodes" for info in found.values())
+    run = playbook(lab, "enable", *STRICT, source=None, preflight=False)
+    assert set(run.changed().values()) == {0}
+
+
+# What happens to nodes while markers are sent all the time, and seconds to look on afterwards.
+BLOWS = [
+    ("node-1", "systemctl stop kubemesh-userspace@wgmesh0", 2),
+    ("node-2", "for f in -4 -6; do for p in 400 401 402; do ip $f rule del pref $p; done; done", 2),
+    ("node-3", "wg set wgmesh0 peer $(wg show wgmesh0 peers | head -1) remove; ip route flush table 51840; ip route flush table 51841", 2),
+    ("node-3", "systemctl restart systemd-networkd", 2),
+    ("node-3", "systemctl stop kubemesh-routes kubemesh-guard; ip -6 route flush table 51840", 2),
+    ("node-2", "systemctl restart nftables 2>/dev/null || true", 2),
+]
+
+
+def test_nothing_leaks_whatever_happens(lab):
+    sniffer = traffic.start_sniffer(lab)
+    markers = traffic.start_markers(lab, kinds=traffic.KINDS)
+    time.sleep(1)
+    for node, blow, seconds in BLOWS:
+        text_of(lab, node, blow)
+        time.sleep(seconds)
+    lab.reboot("node-2", wait=True)
+    time.sleep(3)
+    sent, seen = markers.stop(), sniffer.stop()
+    assert sent["sent"] > 1000 and 0 < sent["received"] < sent["sent"], "the blows did cut connections, and not all of them"
+    assert seen["frames"] > 0 and seen["drops"] == 0
+    assert seen["clear_frames"] == 0, seen["clear"][:20]
+    dropped = [found["guard"]["counters"] for found in infos(lab).values()]
+    assert any(counters["out_pods"]["packets"] for counters in dropped) and any(counters["out_nodes"]["packets"] for counters in dropped)
+    playbook(lab, "enable", *STRICT, source=None, preflight=False)
+    assert all_encrypted(lab)
+
+
+def test_a_rotation_under_strict_mode(lab):
+    with Watched(lab):
+        playbook(lab, "rotate_keys", "-e", "mesh_nodes_source=inventory")
+    assert all(info["guard"]["in_force"] and info["device"]["name"] == "wgmesh1" for info in infos(lab).values())
+
+
+def test_the_second_of_two_runs_is_told_about_the_first(lab):
+    first = lab.start_ansible_playbook(["kubemesh.wireguard.enable", *STRICT, "-e", "mesh_preflight=false"])
+    try:
+        deadline = time.monotonic() + 30
+        while "enable" not in text_of(lab, "node-1", "cat /run/kubemesh/lock.json 2>/dev/null || true"):
+            assert time.monotonic() < deadline, "the first run takes no lock"
+            time.sleep(0.1)
+        run = playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory", rc=2)
+        assert "another run changes the mesh" in run.text and "running enable" in run.text
+        assert set(run.changed().values()) == {0}
+        assert first.wait(timeout=120) == 0
+    finally:
+        first.kill()
+        first.wait()
+    # One that waits is let in.
+    first = lab.start_ansible_playbook(["kubemesh.wireguard.enable", *STRICT, "-e", "mesh_preflight=false"])
+    try:
+        time.sleep(4)
+        playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory", "-e", "mesh_lock_wait=120")
+        assert first.wait(timeout=120) == 0
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_disable_opens_the_guard_first(lab):
+    run = playbook(lab, "disable", "--limit", "node-1", rc=2)
+    assert "strict mode is on" in run.text and "node-2" in run.text
+    with Watched(lab):
+        playbook(lab, "disable")
+    assert "kubemesh" not in text_of(lab, "node-1", "nft list tables; ls /etc /run; systemctl list-unit-files | grep kubemesh || true")
