@@ -12,7 +12,7 @@ import glob
 import json
 import os
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _persist, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _persist, _psk_files, _wg_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._keys import public_key_of, read_private_key
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, family_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
@@ -98,13 +98,16 @@ def underlay_devices(system, addresses, endpoints, interface):
     return sorted(name for name in found if name != "lo" and not _link_plan.is_generation(name, interface))
 
 
-def read(system, interface):
-    """(link, WireGuard state) of a device; None, None where there is none."""
+def read(system, interface, preshared_key_files=None):
+    """(link, WireGuard state) of a device; None, None where there is none.
+
+    ``preshared_key_files``: {public key: path}; the state says whether those are what the device has, never what it has.
+    """
     item = system.link(interface)
     link = _link_plan.link_from_ip(item, system.addresses(interface) if item else [])
     state = None
     if link is not None and link["kind"] in ("wireguard", "tun"):
-        state = client_for(interface, run_command=system.module.run_command).read(interface)
+        state = client_for(interface, run_command=system.module.run_command).read(interface, preshared_key_files)
     return link, state
 
 
@@ -149,6 +152,16 @@ def plan_present(system, wanted, host, current, check_mode):
         "files": [step for step in files if step["path"] not in early],
         "units": units,
     }
+
+
+def check_preshared_keys(folder, peers):
+    """`MeshError` unless every peer has its preshared key in the directory: one without would be a peer that cannot be reached."""
+    missing = _psk_files.missing(folder, peers)
+    if missing:
+        names = sorted(peers[key]["name"] for key in missing)
+        raise MeshError(
+            "preshared_keys: %s has no preshared key of %s%s; write them first, with kubemesh.wireguard.preshared_keys and the same mesh "
+            "document" % (folder, ", ".join(names[:5]), " and %d more" % (len(names) - 5) if len(names) > 5 else ""))
 
 
 def own_public_key(system, wanted, check_mode):

@@ -15,7 +15,9 @@ Two ways, chosen by ``mesh_persistence``:
   ``kubemesh-device@DEVICE``. Not from a ``.netdev`` file: networkd runs as a user of its own and cannot read a root-only private key,
   and when it restarts it would replace all peers of a live device (systemd, src/network/netdev/wireguard.c).
 
-No file holds the private key: it stays in its own file and is given to the device by name.
+None of these files holds a private or preshared key: each stays in its own file and is given to the device by name. Preshared keys come
+before the private key: without that there is no handshake, so there is none without the preshared key. They are not in the configuration,
+though that is root-only as well: it is what people copy, and what a diff shows.
 
 Where the kernel has no WireGuard, a userspace implementation runs in the foreground under ``kubemesh-userspace@DEVICE``.
 """
@@ -55,7 +57,14 @@ def paths_of(interface):
         "wg_quick_dropin": "/etc/systemd/system/wg-quick@%s.service.d/kubemesh.conf" % interface,
         "network": "/etc/systemd/network/10-%s.network" % interface,
         "setconf": "/etc/kubemesh/%s.setconf" % interface,
+        # one for each device: in a rotation one may have preshared keys and the other none
+        "preshared_keys": "/etc/kubemesh/%s.preshared-keys" % interface,
     }
+
+
+# Gives a device its preshared keys, if there are any. By sh: where /etc is mounted without the right to execute, or SELinux does not give
+# it to wg-quick, a script can still be read.
+SET_PRESHARED_KEYS = "[ ! -f /etc/kubemesh/%i.preshared-keys ] || sh /etc/kubemesh/%i.preshared-keys"
 
 
 def boot_units(interface, persistence):
@@ -71,7 +80,8 @@ def boot_files(device, host):
 
     :param device: {"interface", "implementation": "kernel"|"userspace", "userspace_command",
         "persistence": "wg-quick"|"systemd-networkd"|"none",
-        "private_key_file", "listen_port", "fwmark", "mtu", "addresses", "peers": as `_mesh.peers_of`}.
+        "private_key_file", "preshared_keys": directory or None, "listen_port", "fwmark", "mtu", "addresses",
+        "peers": as `_mesh.peers_of`}.
     :param host: {"networkd": bool, "networkmanager": bool, "ipv6": bool, "underlay": [device names]}: what runs there, whether the
         kernel has IPv6, and where the outer packets go.
     """
@@ -90,6 +100,8 @@ def boot_files(device, host):
         files[paths["setconf"]] = (setconf_text(device), MODE_PRIVATE)
         key_file = device["private_key_file"].replace("/%s.key" % interface, "/%i.key")
         files[DEVICE_UNIT_FILE] = (device_unit_text(userspace, key_file), MODE_PUBLIC)
+    if device.get("preshared_keys") and persistence != "none":
+        files[paths["preshared_keys"]] = (preshared_keys_text(interface, device["preshared_keys"]), MODE_SCRIPT)
     if userspace:
         files[USERSPACE_UNIT_FILE] = (userspace_unit_text(device["userspace_command"]), MODE_PUBLIC)
     if host["networkd"]:
@@ -168,9 +180,11 @@ def wg_quick_text(device):
         "FwMark = 0x%x" % device["fwmark"],
         "MTU = %d" % device["mtu"],
         "Table = off",
-        # wg(8): the key from its own file, so that it is in no other; a file is read, nothing is on a command line.
-        "PostUp = wg set %%i private-key %s" % device["private_key_file"],
     ]
+    if device.get("preshared_keys"):
+        lines.append("PostUp = %s" % SET_PRESHARED_KEYS)
+    # wg(8): the key from its own file, so that it is in no other; a file is read, nothing is on a command line.
+    lines.append("PostUp = wg set %%i private-key %s" % device["private_key_file"])
     ipv6 = [address for address in device["addresses"] if ":" in address]
     if ipv6:
         # Where IPv6 is off for new devices, wg-quick's own addresses would be refused and nothing would come up. sysctl.d comes too late,
@@ -199,6 +213,27 @@ systemctl start "kubemesh-userspace@$1.service"
 # As a step of its own, before the device first comes up: an automatic link-local address would become the source of probes.
 [ ! -d /proc/sys/net/ipv6 ] || ip link set dev "$1" addrgenmode none
 """ % HEADER
+
+
+def preshared_keys_text(interface, folder):
+    """The script that gives a device the preshared keys of its peers, at boot.
+
+    Peers are those of the device that have a file, so none is ever added by it. 5,000 peers take 50 commands. It does not fail: a peer
+    without its preshared key cannot be reached, and is not talked to in clear; a device that is taken down again reaches nobody.
+    """
+    return """#!/bin/sh
+%s# Gives %s the preshared keys of its peers. Each is read from its file, which is named for the public key, with - for + and _ for /.
+export LC_ALL=C
+list=$({ wg show %s peers; printf "%%s\\n" %s/* | sed "s|.*/||; y|-_|+/|"; } | sort | uniq -d |
+  sed "h; y|+/|-_|; s|^|preshared-key %s/|; x; s|^|peer |; G")
+[ -n "$list" ] || exit 0
+# What wg says is dropped: of a damaged file it may quote the content.
+printf "%%s\\n" "$list" | xargs -n 400 wg set %s 2>/dev/null && exit 0
+# One by one: a damaged file must not keep other peers from their keys.
+printf "%%s\\n" "$list" | xargs -n 4 wg set %s 2>/dev/null && exit 0
+echo "some preshared keys of %s cannot be set; run the playbook again to have them written anew" >&2
+exit 0
+""" % (HEADER, interface, interface, folder, folder, interface, interface, interface)
 
 
 def userspace_unit_text(command):
@@ -238,7 +273,8 @@ def device_unit_text(userspace, private_key_file):
     keep = "[ -n \"$$(wg show %i peers)\" ] && exit 0; " if userspace else ""
     # Not where the kernel has no IPv6: there it would fail.
     mode = "{ [ ! -d /proc/sys/net/ipv6 ] || ip link set dev %i addrgenmode none; }"
-    configure = "wg setconf %%i /etc/kubemesh/%%i.setconf && wg set %%i private-key %s" % private_key_file
+    # The unit is the same for devices with preshared keys and without.
+    configure = "wg setconf %%i /etc/kubemesh/%%i.setconf && { %s; } && wg set %%i private-key %s" % (SET_PRESHARED_KEYS, private_key_file)
     return HEADER + """[Unit]
 Description=WireGuard mesh device %%i
 Documentation=man:wg(8) man:systemd.network(5)

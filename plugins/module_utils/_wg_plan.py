@@ -487,6 +487,7 @@ def device_as_text(state, names=None):
         lines.append("  public key: %s" % key)
         lines.append("  endpoint: %s" % (peer["endpoint"] or "(none)"))
         lines.append("  keepalive: %s" % ("%d s" % peer["keepalive"] if peer["keepalive"] else "off"))
-        lines.append("  preshared key: %s" % ("yes" if peer["has_preshared_key"] else "no"))
+        other = peer["has_preshared_key"] and peer.get("preshared_key_matches") is False
+        lines.append("  preshared key: %s" % ("yes, not the one in its file" if other else "yes" if peer["has_preshared_key"] else "no"))
         lines.extend("  allowed IP: %s" % prefix for prefix in sorted(peer["allowed_ips"]))
     return "\n".join(lines) + "\n"

@@ -54,6 +54,13 @@ options:
       - File with the private key, as M(kubemesh.wireguard.keypair) makes it.
       - The default is C(/etc/wireguard/NAME.key).
     type: path
+  preshared_keys:
+    description:
+      - Directory with the preshared keys of the peers, as M(kubemesh.wireguard.preshared_keys) makes it. All peers must have one there.
+      - The device gets them now and at boot. They are in none of the files that restore it.
+      - Without this option, peers have no preshared key, and one that has is given none.
+      - WireGuard uses a preshared key at handshakes only. Give it to a device before the device is used, or to both ends within seconds.
+    type: path
   listen_port:
     description:
       - UDP port. The default is what the mesh document says for the generation.
@@ -89,6 +96,7 @@ options:
 seealso:
   - module: kubemesh.wireguard.keypair
   - module: kubemesh.wireguard.peers
+  - module: kubemesh.wireguard.preshared_keys
   - module: kubemesh.wireguard.routes
 """
 
@@ -102,6 +110,11 @@ EXAMPLES = r"""
     node: worker-1
     implementation: userspace
     persistence: systemd-networkd
+
+- name: Same, with the preshared keys that kubemesh.wireguard.preshared_keys wrote
+  kubemesh.wireguard.interface:
+    node: worker-1
+    preshared_keys: /etc/wireguard/wgmesh0.psk
 
 - name: Remove the device and all that restores it
   kubemesh.wireguard.interface:
@@ -132,10 +145,12 @@ steps:
   sample: ["create device wgmesh0 (kernel)"]
 """
 
+import re
+
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _psk, _wg_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     MeshError,
     device_addresses,
@@ -144,6 +159,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     node_entry,
     parse_endpoint,
     peers_of,
+    shown,
 )
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document
 
@@ -155,6 +171,9 @@ def wanted_device(params, doc, implementation, command, persistence, ipv6):
     """What the device shall be, from the arguments and the mesh document."""
     generation, name = generation_text(params["generation"]), params["node"]
     members = [entry for entry in doc["nodes"].values() if entry["state"] != "excluded"]
+    peers = peers_of(doc, name, generation)
+    for public_key, path in preshared_key_files(params, peers).items():
+        peers[public_key]["preshared_key_file"] = path
     return {
         "interface": params["name"],
         "implementation": implementation,
@@ -166,10 +185,28 @@ def wanted_device(params, doc, implementation, command, persistence, ipv6):
         "fwmark": params["fwmark"],
         "mtu": params["mtu"] or mesh_mtu(doc, name) or _link_plan.MTU_DEFAULT,
         "addresses": [text for text in device_addresses(doc, name, generation) if ipv6 or ":" not in text],
-        "peers": peers_of(doc, name, generation),
+        "preshared_keys": params["preshared_keys"],
+        "peers": peers,
         # A member whose key nobody knows now may be one of the peers that are there: they stay (invariant I4).
         "keep_unknown_peers": any(generation not in entry["public_keys"] for entry in members),
     }
+
+
+def preshared_key_files(params, public_keys):
+    """{public key: path} of the preshared keys; empty where there are to be none."""
+    folder = params["preshared_keys"]
+    if not folder:
+        return {}
+    # It goes into a unit, a script and a configuration file, each with rules of its own for other characters.
+    if not re.fullmatch(r"(/[A-Za-z0-9._@+-]+)+", folder):
+        raise MeshError("preshared_keys: %s is not the full path of a directory without special characters" % shown(folder))
+    return _psk.paths_of(folder, public_keys)
+
+
+def keys_of_others(doc, generation):
+    """The public keys that may be among the peers, to compare the preshared keys of a device before it is known who they are."""
+    found = (entry["public_keys"].get(generation_text(generation)) for entry in doc["nodes"].values())
+    return [public_key for public_key in found if public_key]
 
 
 def step_texts(step, interface, names):
@@ -218,12 +255,14 @@ def present(module, system):
     doc = read_document(params["document_file"])
     entry = node_entry(doc, params["node"])
     interface = params["name"]
-    current = live.read(system, interface)
+    current = live.read(system, interface, preshared_key_files(params, keys_of_others(doc, params["generation"])))
     implementation, command = live.choose_implementation(system, params["implementation"], current[0])
     persistence = live.choose_persistence(system, params["persistence"])
     wanted = wanted_device(params, doc, implementation, command, persistence, live.has_ipv6())
     endpoints = [parse_endpoint(peer["endpoint"])["address"] for peer in wanted["peers"].values() if peer["endpoint"]]
     host = live.read_host(system, live.underlay_devices(system, entry["node_addresses"], endpoints, interface))
+    if wanted["preshared_keys"] and not module.check_mode:
+        live.check_preshared_keys(wanted["preshared_keys"], wanted["peers"])
     plan = live.plan_present(system, wanted, host, current, module.check_mode)
     if not module.check_mode:
         live.apply_present(system, wanted, plan)
@@ -258,6 +297,7 @@ def main():
             "node": {"type": "str"},
             "generation": {"type": "int", "choices": [0, 1], "default": 0},
             "private_key_file": {"type": "path"},
+            "preshared_keys": {"type": "path"},
             "listen_port": {"type": "int"},
             "fwmark": {"type": "int", "default": 4096},
             "mtu": {"type": "int"},
