@@ -69,16 +69,6 @@ def test_reconcile_where_nothing_changed(lab):
     assert set(run.changed().values()) == {0}
 
 
-def test_a_node_that_joins_disturbs_nobody(lab):
-    before = sessions(lab, "node-1", "wgmesh0")
-    with Watched(lab):
-        lab.add_node()
-        playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
-    assert go_on(before, sessions(lab, "node-1", "wgmesh0"))
-    assert all_encrypted(lab)
-    assert_encrypted(lab)
-
-
 def test_a_prefix_comes_and_moves_and_goes(lab):
     """The prefix of one node becomes another's in one run; all others are in use all the time."""
     before = sessions(lab, "node-1", "wgmesh0")
@@ -95,40 +85,6 @@ def test_a_prefix_comes_and_moves_and_goes(lab):
             found = behind(lab, "node-1")
             assert [peer for peer in found if EXTRA in found[peer]] == ([owner] if owner else [])
     assert go_on(before, sessions(lab, "node-1", "wgmesh0"))
-
-
-INSTALLED_ANEW = """
-systemctl disable --now kubemesh-routes wg-quick@wgmesh0
-systemctl stop kubemesh-userspace@wgmesh0
-for family in -4 -6; do
-    for priority in 400 401; do while ip $family rule del pref $priority 2>/dev/null; do :; done; done
-done
-rm -rf /etc/kubemesh /etc/wireguard/wgmesh0.* /run/kubemesh
-true
-"""
-
-
-def test_a_node_that_left_is_forgotten_by_all_others(lab):
-    before = sessions(lab, "node-1", "wgmesh0")
-    gone = infos(lab)["node-4"]["device"]["public_key"]
-    lab.cut("node-4")
-
-    def change(nodes, items):
-        items.remove(nodes["node-4"])
-
-    here = [node for node in lab.nodes if node != "node-4"]
-    flows = [flow for flow in Watched.all_flows(lab) if "node-4" not in flow["source"] + flow["target"]]
-    with Watched(lab, flows=flows, streams=False):
-        playbook(lab, "reconcile", *node_list(lab, change), "--limit", ",".join(here))
-    after = sessions(lab, "node-1", "wgmesh0")
-    assert gone not in after and go_on({key: value for key, value in before.items() if key != gone}, after)
-    lab.heal("node-4")
-    # The same name, a new key: as if it had been installed anew.
-    text_of(lab, "node-4", INSTALLED_ANEW)
-    with Watched(lab, flows=flows, streams=False):
-        playbook(lab, "reconcile", *node_list(lab, lambda nodes, items: None))
-    assert infos(lab)["node-4"]["device"]["public_key"] != gone
-    assert all_encrypted(lab)
 
 
 def keys(lab):
@@ -191,3 +147,47 @@ def test_who_is_locked_out_is_let_in_again(lab):
     assert text_of(lab, "node-1", "cat /etc/kubemesh/rules-ipv4.batch").count("priority 402") == 0
     run = playbook(lab, "enable", preflight=False)
     assert set(run.changed().values()) == {0}
+
+
+def test_a_node_that_joins_disturbs_nobody(lab):
+    before = sessions(lab, "node-1", "wgmesh0")
+    with Watched(lab):
+        lab.add_node()
+        playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
+    assert go_on(before, sessions(lab, "node-1", "wgmesh0"))
+    assert all_encrypted(lab)
+    assert_encrypted(lab)
+
+
+INSTALLED_ANEW = """
+systemctl disable --now kubemesh-routes wg-quick@wgmesh0
+systemctl stop kubemesh-userspace@wgmesh0
+for family in -4 -6; do
+    for priority in 400 401; do while ip $family rule del pref $priority 2>/dev/null; do :; done; done
+done
+rm -rf /etc/kubemesh /etc/wireguard/wgmesh0.* /run/kubemesh
+true
+"""
+
+
+def test_a_node_that_left_is_forgotten_by_all_others(lab):
+    before = sessions(lab, "node-1", "wgmesh0")
+    gone = infos(lab)["node-4"]["device"]["public_key"]
+    lab.cut("node-4")
+
+    def change(nodes, items):
+        items.remove(nodes["node-4"])
+
+    here = [node for node in lab.nodes if node != "node-4"]
+    flows = [flow for flow in Watched.all_flows(lab) if "node-4" not in flow["source"] + flow["target"]]
+    with Watched(lab, flows=flows, streams=False):
+        playbook(lab, "reconcile", *node_list(lab, change), "--limit", ",".join(here))
+    after = sessions(lab, "node-1", "wgmesh0")
+    assert gone not in after and go_on({key: value for key, value in before.items() if key != gone}, after)
+    lab.heal("node-4")
+    # The same name, a new key: as if it had been installed anew.
+    text_of(lab, "node-4", INSTALLED_ANEW)
+    with Watched(lab, flows=flows, streams=False):
+        playbook(lab, "reconcile", *node_list(lab, lambda nodes, items: None))
+    assert infos(lab)["node-4"]["device"]["public_key"] != gone
+    assert all_encrypted(lab)
