@@ -20,6 +20,15 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 SECRET_ARGUMENTS = ("secret", "keys", "proofs")
 
 
+class Hidden(str):
+    """A text that is what it is in JSON, and not in what Python prints: with ANSIBLE_DEBUG, Ansible prints the arguments of modules."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return "(hidden)"
+
+
 class ActionModule(ActionBase):
     """Sends proofs first, and keys only where they differ and are to be written."""
 
@@ -37,11 +46,12 @@ class ActionModule(ActionBase):
             args["nonce"] = nonce
             if args.get("complete") is None:
                 args["complete"] = own["complete"]
-            args["proofs"] = {public_key: _psk.proof(key, nonce, public_key) for public_key, key in own["keys"].items()}
+            args["proofs"] = {public_key: Hidden(_psk.proof(key, nonce, public_key)) for public_key, key in own["keys"].items()}
             result = self._run_module(args, task_vars)
             needed = self._needed(result)
             if needed and not self._task.check_mode and not result.get("failed") and result.get("changed"):
-                args["keys"] = {public_key: _psk.encode(own["keys"][public_key]) for public_key in needed if public_key in own["keys"]}
+                args["keys"] = {
+                    public_key: Hidden(_psk.encode(own["keys"][public_key])) for public_key in needed if public_key in own["keys"]}
                 result = self._run_module(args, task_vars)
             return self._with_names(result, own["names"])
         finally:

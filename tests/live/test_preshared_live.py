@@ -7,9 +7,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import os
 import re
+import shutil
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -163,3 +168,96 @@ def test_at_boot(mesh):
     Path(_psk.paths_of(mesh.psk_folder("a"), [b])[b]).write_text("damaged")
     assert mesh.net.exec("a", "sh", str(mesh.folder / "a.sh")) == ""
     assert mesh.of_wg("a") == {b: "(none)", c: base64.b64encode(wanted["a"][c]).decode()}
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------------------------
+
+PLAYBOOK_COMMAND = shutil.which("ansible-playbook") or shutil.which("ansible-playbook", path=os.path.dirname(sys.executable))
+COLLECTIONS = next((path for path in sys.path if os.path.isdir(os.path.join(path or ".", "ansible_collections", "kubemesh"))), None)
+
+PLAYBOOK = """
+- hosts: all
+  gather_facts: false
+  tasks:
+    - name: Preshared keys
+      kubemesh.wireguard.preshared_keys: &task
+        secret: "{{ mesh_psk_secret }}"
+        document_src: "{{ playbook_dir }}/mesh.json"
+        node: "{{ inventory_hostname }}"
+        path: "{{ playbook_dir }}/{{ inventory_hostname }}.psk"
+      register: keys
+    - name: What is known of them
+      ansible.builtin.debug:
+        var: keys
+    - name: A secret that is too short
+      kubemesh.wireguard.preshared_keys:
+        <<: *task
+        secret: "{{ mesh_psk_secret[:20] }}"
+      ignore_errors: true
+    - name: A node that is none
+      kubemesh.wireguard.preshared_keys:
+        <<: *task
+        node: nobody
+      ignore_errors: true
+    - name: A directory that is none
+      kubemesh.wireguard.preshared_keys:
+        <<: *task
+        path: /proc/version
+      ignore_errors: true
+"""
+
+
+class Watch(threading.Thread):
+    """Looks for a text in the arguments and environments of all processes, as long as a program runs."""
+
+    def __init__(self, texts):
+        super().__init__(daemon=True)
+        self.texts, self.found, self.done = [text.encode() for text in texts], set(), threading.Event()
+
+    def run(self):
+        while not self.done.wait(0.02):
+            for name in filter(str.isdigit, os.listdir("/proc")):
+                for kind in ("cmdline", "environ"):
+                    try:
+                        with open("/proc/%s/%s" % (name, kind), "rb") as handle:
+                            content = handle.read()
+                    except OSError:
+                        continue
+                    self.found.update(kind for text in self.texts if text in content)
+
+
+def forms(secret):
+    return [base64.b64encode(secret).decode(), secret.hex(), repr(secret), hashlib.sha256(secret).hexdigest()]
+
+
+@pytest.mark.skipif(not PLAYBOOK_COMMAND or COLLECTIONS is None, reason="no ansible-playbook")
+@pytest.mark.parametrize("options", [[], ["--check"]])
+def test_nothing_secret_is_printed_logged_or_an_argument(tmp_path, options):
+    """With all that Ansible can be made to print; names of peers are."""
+    os.chmod(str(tmp_path), 0o700)
+    public = {host: netlab.new_key()[1] for host in HOSTS}
+    document = {"serial": 1, "nodes": {host: {"state": "member", "reason": "", "public_keys": {"0": public[host]}} for host in HOSTS}}
+    (tmp_path / "mesh.json").write_text(json.dumps(document))
+    (tmp_path / "play.yml").write_text(PLAYBOOK)
+    (tmp_path / "secret.yml").write_text(json.dumps({"mesh_psk_secret": SECRET + "\n"}))
+    keys = {host: _psk.keys_of_node(document, host, 0, SECRET)["keys"] for host in HOSTS}
+    secrets = [SECRET, SECRET[:20]] + [form for own in keys.values() for key in own.values() for form in forms(key)]
+    environment = dict(
+        os.environ, ANSIBLE_COLLECTIONS_PATH=str(COLLECTIONS), ANSIBLE_HOME=str(tmp_path / "home"), LC_ALL="C.UTF-8",
+        ANSIBLE_DEBUG="1", ANSIBLE_LOG_PATH=str(tmp_path / "log"), ANSIBLE_DISPLAY_ARGS_TO_STDOUT="true")
+    command = [PLAYBOOK_COMMAND, "-vvvvv", "--diff", "-i", "a,b,", "-c", "local", "-e", "@" + str(tmp_path / "secret.yml"),
+               "-e", "ansible_python_interpreter=" + sys.executable, str(tmp_path / "play.yml")] + options
+    watch = Watch(secrets)
+    watch.start()
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False, env=environment,
+                          cwd=str(tmp_path))
+    watch.done.set()
+    watch.join(30)
+    printed = done.stdout + done.stderr + (tmp_path / "log").read_text()
+    assert done.returncode == 0, printed[-5000:]
+    assert "peer b: preshared key added" in printed and "openssl rand -base64 32" in printed
+    assert not any(text in printed for text in secrets) and watch.found == set()
+    for host in ("a", "b"):
+        folder = tmp_path / (host + ".psk")
+        expected = {} if options else {_psk.file_name(key): base64.b64encode(value).decode() for key, value in keys[host].items()}
+        assert {item.name: item.read_text().strip() for item in folder.glob("*")} == expected

@@ -109,6 +109,8 @@ class Cluster:
         assert SECRET not in self.told and SECRET[:20] not in self.told
         for sent in self.sent:
             assert SECRET not in json.dumps(sent), "the secret stays on the controller"
+            texts = [text for name in ("keys", "proofs") for text in (sent.get(name) or {}).values()]
+            assert not any(str(text) in repr(sent) for text in texts), "what Ansible prints with ANSIBLE_DEBUG"
 
 
 @pytest.fixture
