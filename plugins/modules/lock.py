@@ -56,7 +56,8 @@ options:
     required: true
   run:
     description:
-      - Id of the run, different for every run and the same in all its tasks on all nodes. 4 to 128 letters, digits and C(. _ : @ -).
+      - Id of the run, different for every run and the same in all its tasks on all nodes. It has 4 to 128 letters, digits, dots, dashes,
+        underscores, colons and at signs, and begins with a letter or digit.
       - Whoever gives the same id is the same run, so that the jobs of a workflow can share a lock.
     type: str
     required: true

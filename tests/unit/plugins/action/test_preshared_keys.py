@@ -223,10 +223,11 @@ def test_a_vaulted_text_is_one(cluster):
         def __str__(self):
             return SECRET + "\n"
 
-    cluster.run()
-    assert cluster.run(secret=Vaulted())["changed"] is False
     class Text(str):
         """Ansible's texts are subclasses."""
+
+    cluster.run()
+    assert cluster.run(secret=Vaulted())["changed"] is False
     assert cluster.run(secret=Text(SECRET))["changed"] is False
 
 
