@@ -161,7 +161,10 @@ def strict_obstacles(computed, hosts, hostvars, exempt):
         if not proof:
             found.append("host %s was not switched" % host)
             continue
-        unproven = sorted({entry["name"] for entry in proof.get("unproven") or []} - set(exempt))
+        # All names; a result has the reasons of the first few only.
+        names = proof.get("unproven_names")
+        names = [entry["name"] for entry in proof.get("unproven") or []] if names is None else names
+        unproven = sorted(set(names) - set(exempt))
         if unproven:
             found.append("host %s does not reach %s through the mesh" % (host, ", ".join(unproven[:20])))
     return found

@@ -346,6 +346,8 @@ def summary(node, entries, without_key, method):
         "proven_count": len(entries) - len(unproven),
         "unproven_count": len(unproven),
         "unproven": unproven[:LISTED],
+        # All of them, as who is to be told from whom that takes part in a run is decided on the controller.
+        "unproven_names": [item["name"] for item in unproven],
         "without_key": without_key[:LISTED],
         "slowest_rtt": None if slowest[0] is None else round(slowest[0], 6),
         "slowest_peer": slowest[1],

@@ -112,11 +112,11 @@ EXAMPLES = r"""
 - name: Reach every peer through the tunnel
   kubemesh.wireguard.probe:
     node: worker-1
-  register: mesh_probe
+  register: probed
 
 - name: Say who was not reached, and why
   ansible.builtin.debug:
-    var: mesh_probe.unproven
+    var: probed.unproven
 
 - name: Fail unless the new generation works to two peers
   kubemesh.wireguard.probe:
@@ -163,6 +163,12 @@ unproven:
       type: str
       sample: "worker-1 to worker-4: no handshake with 198.18.0.14:51840; let UDP port 51840 through every firewall between the two nodes"
   sample: []
+unproven_names:
+  description: Names of all peers that are not proven.
+  returned: always
+  type: list
+  elements: str
+  sample: [worker-4]
 without_key:
   description: The first 50 nodes of the mesh document without a key of this generation. They are not counted unless they were asked for.
   returned: always

