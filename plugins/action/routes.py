@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from ansible.errors import AnsibleConnectionFailure
@@ -33,7 +34,7 @@ class ActionModule(DocumentActionBase):
             return result
         confirmed = self._confirm(task_vars)
         if confirmed.get("failed"):
-            return confirmed
+            return dict(confirmed, was_sending=result["was_sending"])
         for field in ("steps", "diff"):
             confirmed[field] = list(result.get(field) or []) + list(confirmed.get(field) or [])
         return dict(
@@ -56,4 +57,6 @@ class ActionModule(DocumentActionBase):
                 display.vv("not reached to confirm the switch, trying again: %s" % exc, host=task_vars.get("inventory_hostname"))
                 time.sleep(RETRY)
             finally:
-                self._remove_tmp_path(self._connection._shell.tmpdir)
+                # The connection may be gone again: the directory goes with the next one, and the next try must be made.
+                with contextlib.suppress(AnsibleConnectionFailure):
+                    self._remove_tmp_path(self._connection._shell.tmpdir)

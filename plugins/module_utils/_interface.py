@@ -34,6 +34,8 @@ USERSPACE_COMMANDS = ("wireguard-go", "boringtun-cli", "boringtun")
 SOCKET_WAIT = 10
 OWN_FOLDERS = ("/etc/kubemesh", "/run/kubemesh", "/etc/systemd/networkd.conf.d", "/etc/NetworkManager/conf.d")
 TEST_DEVICE = "kmtest0"
+# Steps that end what peers may send: only when nobody sends it any more.
+REMOVALS = ("remove_peer", "remove_allowed_ips")
 
 
 def choose_implementation(system, wanted, link):
@@ -83,7 +85,7 @@ def read_host(system, underlay):
     }
 
 
-def underlay_devices(system, addresses, endpoints, interface):
+def underlay_devices(system, addresses, endpoints, interface, fwmark):
     """Devices that WireGuard's own packets use: those that hold this node's addresses, and those on the way to the endpoints."""
     found = set()
     for link in system.ip_json(["addr", "show"]):
@@ -91,8 +93,8 @@ def underlay_devices(system, addresses, endpoints, interface):
             found.add(link["ifname"])
     for family in ("ipv4", "ipv6"):
         targets = sorted({endpoint for endpoint in endpoints if family_of(endpoint) == family})
-        # One process for all: 5,000 peers would be 5,000.
-        words = system.ip_answers(family, ["route get %s" % target for target in targets]).split()
+        # With the mark, or host encryption would answer that they go through the mesh. One process for all: 5,000 peers would be 5,000.
+        words = system.ip_answers(family, ["route get %s mark %d" % (target, fwmark) for target in targets]).split()
         found.update(words[place + 1] for place, word in enumerate(words[:-1]) if word == "dev")
     # A mesh device holds the node's addresses too, and lo answers for a node's own.
     return sorted(name for name in found if name != "lo" and not _link_plan.is_generation(name, interface))
@@ -114,7 +116,8 @@ def read(system, interface, preshared_key_files=None):
 def plan_present(system, wanted, host, current, check_mode):
     """Everything to do for a device that shall be there: a dict of step lists in the order in which they are carried out.
 
-    wanted: as `_persist.boot_files` takes it, and "keep_unknown_peers".
+    wanted: as `_persist.boot_files` takes it, "keep_unknown_peers", and "remove": whether what does not belong any more goes; what stays for
+    now is counted in "left".
     """
     link, state = current
     interface = wanted["interface"]
@@ -135,6 +138,7 @@ def plan_present(system, wanted, host, current, check_mode):
         "keep_unknown_peers": wanted["keep_unknown_peers"],
         "peers": wanted["peers"],
     }
+    steps = _wg_plan.plan_device(state, device, _persist.endpoints_in(last_text))
     units = []
     for unit, enabled in _persist.boot_units(interface, wanted["persistence"]).items():
         if system.unit(unit)["enabled"] != enabled:
@@ -143,7 +147,8 @@ def plan_present(system, wanted, host, current, check_mode):
     return {
         "early_files": [step for step in files if step["path"] in early],
         "link": before,
-        "device": _wg_plan.plan_device(state, device, _persist.endpoints_in(last_text)),
+        "device": [step for step in steps if wanted["remove"] or step["op"] not in REMOVALS],
+        "left": sum(1 for step in steps if not wanted["remove"] and step["op"] in REMOVALS),
         "sysctls": [
             {"op": "set_sysctl", "name": name, "value": value, "before": read_sysctl(name)}
             for name, value in sorted(sysctls.items()) if read_sysctl(name) != value],

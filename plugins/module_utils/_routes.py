@@ -61,36 +61,39 @@ def apply_steps(system, steps):
                 "route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])) for step in part])
 
 
-def wrong_paths(system, state, pod_cidrs, interface):
-    """Prefixes of table A that the kernel would not send through the mesh device: texts such as "10.244.2.0/24 by eth0 (from pods)".
+def wrong_paths(system, state, pod_cidrs):
+    """Prefixes that the kernel would not send as the tables say: texts such as "10.244.2.0/24 by eth0 (from pods in 10.244.1.0/24)".
 
-    A handshake is no proof of the way that packets take (rke2 #9338: more specific routes elsewhere), the kernel's own lookup is.
+    A handshake is no proof of the way that packets take (rke2 #9338: more specific routes elsewhere), the kernel's own lookup is. Each rule
+    is tried by what it selects: everything from this host, or what comes from the pods of a prefix. A prefix may lead to either device
+    while keys are rotated.
     """
-    tables = sorted({rule["table"] for rule in state["rules"]})
     wrong = []
     for family in FAMILIES:
-        steered = {rule["table"] for rule in state["rules"] if rule["family"] == family}
-        targets = [route["dst"] for route in state["routes"] if route["family"] == family and route["table"] == tables[0] and route["dev"]]
-        if not targets or tables[0] not in steered:
-            continue
-        lines = ["route get %s" % plan.address_in(target) for target in targets]
-        wrong += wrong_answers(system, family, lines, targets, interface, "from this host")
-        for cidr in pod_cidrs:
-            pod = plan.address_in(cidr)
-            device = local_device(system, pod) if plan.family_of(cidr) == family else None
-            # Without pods there is no device that their packets could come from.
-            if device:
-                lines = ["route get %s from %s iif %s" % (plan.address_in(target), pod, device) for target in targets]
-                wrong += wrong_answers(system, family, lines, targets, interface, "from pods in %s" % cidr)
+        rules = [rule for rule in state["rules"] if rule["family"] == family]
+        routes = [route for route in state["routes"] if route["family"] == family and route["dev"]]
+        for table in sorted({rule["table"] for rule in rules}):
+            targets = {route["dst"]: route["dev"] for route in routes if route["table"] == table}
+            sources = {rule["from"] for rule in rules if rule["table"] == table}
+            if targets and "" in sources:
+                lines = ["route get %s" % plan.address_in(target) for target in targets]
+                wrong += wrong_answers(system, family, lines, targets, "from this host")
+            for cidr in pod_cidrs:
+                pod = plan.address_in(cidr)
+                device = local_device(system, pod) if targets and plan.family_of(cidr) == family and sources & {"", cidr} else None
+                # Without pods there is no device that their packets could come from.
+                if device:
+                    lines = ["route get %s from %s iif %s" % (plan.address_in(target), pod, device) for target in targets]
+                    wrong += wrong_answers(system, family, lines, targets, "from pods in %s" % cidr)
     return wrong
 
 
-def wrong_answers(system, family, lines, targets, interface, whence):
-    """The targets for which ``ip route get`` names another device than the mesh's."""
+def wrong_answers(system, family, lines, targets, whence):
+    """The targets, {prefix: device}, for which ``ip route get`` names another device."""
     answers = plan.devices_of_answers(system.ip_answers(family, lines))
     return [
         "%s by %s (%s)" % (target, answers.get(plan.address_in(target)) or "no route", whence)
-        for target in targets if answers.get(plan.address_in(target)) != interface]
+        for target, device in targets.items() if answers.get(plan.address_in(target)) != device]
 
 
 def local_device(system, address):

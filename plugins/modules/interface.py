@@ -83,6 +83,13 @@ options:
       - kernel
       - userspace
     default: auto
+  remove:
+    description:
+      - Whether peers and allowed IPs that do not belong any more are taken away from the device.
+      - With V(false) they stay for now, and RV(left) counts them. A node may still send with them, and what it sends must be accepted until
+        it has stopped. An allowed IP that belongs to another peer now is moved in any case.
+    type: bool
+    default: true
   persistence:
     description:
       - What restores the device at boot. With V(auto) that is V(wg-quick) where it is installed, else V(systemd-networkd).
@@ -132,6 +139,11 @@ persistence:
   returned: when O(state=present)
   type: str
   sample: wg-quick
+left:
+  description: With O(remove=false), the number of steps that were left for later.
+  returned: O(state=present)
+  type: int
+  sample: 0
 peer_count:
   description: Number of peers that the device has after this task.
   returned: when O(state=present)
@@ -187,6 +199,7 @@ def wanted_device(params, doc, implementation, command, persistence, ipv6):
         "addresses": [text for text in device_addresses(doc, name, generation) if ipv6 or ":" not in text],
         "preshared_keys": params["preshared_keys"],
         "peers": peers,
+        "remove": params["remove"],
         # A member whose key nobody knows now may be one of the peers that are there: they stay (invariant I4).
         "keep_unknown_peers": any(generation not in entry["public_keys"] for entry in members),
     }
@@ -260,10 +273,12 @@ def present(module, system):
     persistence = live.choose_persistence(system, params["persistence"])
     wanted = wanted_device(params, doc, implementation, command, persistence, live.has_ipv6())
     endpoints = [parse_endpoint(peer["endpoint"])["address"] for peer in wanted["peers"].values() if peer["endpoint"]]
-    host = live.read_host(system, live.underlay_devices(system, entry["node_addresses"], endpoints, interface))
+    host = live.read_host(system, live.underlay_devices(
+        system, entry["node_addresses"], endpoints, interface, params["fwmark"]))
     if wanted["preshared_keys"] and not module.check_mode:
         live.check_preshared_keys(wanted["preshared_keys"], wanted["peers"])
     plan = live.plan_present(system, wanted, host, current, module.check_mode)
+    left = plan.pop("left")
     if not module.check_mode:
         live.apply_present(system, wanted, plan)
     names = {key: peer["name"] for key, peer in wanted["peers"].items()}
@@ -271,6 +286,7 @@ def present(module, system):
         "implementation": implementation,
         "persistence": wanted["persistence"],
         "peer_count": len(wanted["peers"]),
+        "left": left,
     }
 
 
@@ -302,6 +318,7 @@ def main():
             "fwmark": {"type": "int", "default": 4096},
             "mtu": {"type": "int"},
             "implementation": {"type": "str", "choices": ["auto", "kernel", "userspace"], "default": "auto"},
+            "remove": {"type": "bool", "default": True},
             "persistence": {"type": "str", "choices": ["auto", "wg-quick", "systemd-networkd", "none"], "default": "auto"},
         },
         supports_check_mode=True,

@@ -242,7 +242,13 @@ def proven_peers(params, doc, check_mode):
     proof = read_proof(path)
     if proof is None:
         raise MeshError("proof_file: %s is not there or damaged; run kubemesh.wireguard.probe on this node, or take peers=all" % path)
-    return proven_names(proof, doc, params["generation"])
+    proven = proven_names(proof, doc, params["generation"])
+    if check_mode:
+        # A peer that the last probe did not know would be probed before a real run gets here.
+        key = str(params["generation"])
+        proven |= {name for name, entry in doc["nodes"].items()
+                   if key in entry["public_keys"] and (proof["peers"].get(name) or {}).get("public_key") != entry["public_keys"][key]}
+    return proven
 
 
 def wanted_of(params, stored, check_mode):
@@ -345,18 +351,21 @@ def main():
 def converge(module, system, known):
     """Read, plan, apply, report: the result of the module; ``known`` is given what a failed task must say as well."""
     params = module.params
+    # First of all: whatever fails below, who reads the failure must know whether this node sent before.
+    current = live.read_state(system, params["table"])
+    known["was_sending"] = bool(current["rules"])
     if params["confirm_timeout"]:
         _confirm.check_timeout(params["confirm_timeout"])
     if not module.check_mode:
         # Being here is the confirmation of whatever was armed: somebody reaches this node.
         taken_back = _confirm.disarm(system)
+        if taken_back:
+            current = live.read_state(system, params["table"])
         if params["confirm"] and taken_back:
             raise MeshError("encrypt: this node was not confirmed within mesh_confirm_timeout and took its rules back; what happened to "
                             "the way by which it is administered? It sends as it did before this run")
     stored = live.stored_routes()
     wanted, doc, proven = wanted_of(params, stored, module.check_mode)
-    current = live.read_state(system, params["table"])
-    known["was_sending"] = bool(current["rules"])
     steps = plan.plan_routes(current, wanted)
     boot = wanted if params["persist"] else {"routes": [], "rules": []}
     armed = bool(params["confirm_timeout"]) and _confirm.must_be_armed(steps)
@@ -410,7 +419,7 @@ def converge(module, system, known):
 
 def check_paths(system, wanted, doc, params):
     """Raise MeshError where the kernel would send to a routed prefix by another way, from this host or from its pods."""
-    wrong = live.wrong_paths(system, wanted, local_pod_cidrs(doc, params["node"]), params["interface"])
+    wrong = live.wrong_paths(system, wanted, local_pod_cidrs(doc, params["node"]))
     if wrong:
         raise MeshError(
             "the rules are in place, but the kernel sends elsewhere: %s; another rule or table comes first, look at `ip rule` and "

@@ -203,6 +203,8 @@ class Node:
                 return "local %s dev lo table local src %s uid 0 \\    cache <local> \n" % (target, target)
         tables = [(item, int(item["table"])) for item in self._show(["-4" if family == "ipv4" else "-6", "rule", "show"])]
         for item, table in tables + [({"src": "all"}, TABLE_MAIN)]:
+            if "not" in item and int(options.get("mark", "0")) & int(item.get("fwmask", item["fwmark"]), 16) == int(item["fwmark"], 16):
+                continue
             if item["src"] != "all":
                 source = ipaddress.ip_network("%s/%d" % (item["src"], item.get("srclen", 32 if family == "ipv4" else 128)))
                 if "from" not in options or ipaddress.ip_address(options["from"]) not in source:

@@ -104,13 +104,13 @@ def test_devices_of_the_underlay(node):
     """Those that hold the node's addresses, and those on the way to the peers; never a mesh device, which holds them too."""
     for name in ("wgmesh0", "wgmesh1"):
         node.add_link(name, "wireguard", ["198.18.0.11/32"])
-    assert live.underlay_devices(System(node), ADDRESSES, [], "wgmesh0") == ["eth0"]
+    assert live.underlay_devices(System(node), ADDRESSES, [], "wgmesh0", 4096) == ["eth0"]
     route(node, "203.0.113.0/24", "eth1")
     route(node, "2001:db8:9::/64", "bond0.100")
     endpoints = ["203.0.113.7", "203.0.113.8", "2001:db8:9::1", "198.51.100.1"]
-    assert live.underlay_devices(System(node), ADDRESSES, endpoints, "wgmesh0") == ["bond0.100", "eth0", "eth1"]
+    assert live.underlay_devices(System(node), ADDRESSES, endpoints, "wgmesh0", 4096) == ["bond0.100", "eth0", "eth1"]
     route(node, "203.0.113.8/32", "wgmesh1")
-    assert live.underlay_devices(System(node), [], ["203.0.113.8", "127.0.0.1"], "wgmesh0") == []
+    assert live.underlay_devices(System(node), [], ["203.0.113.8", "127.0.0.1"], "wgmesh0", 4096) == []
 
 
 # --- managers of networks ----------------------------------------------------------------------------------------------------------------

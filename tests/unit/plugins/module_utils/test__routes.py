@@ -182,7 +182,7 @@ CIDRS = ["10.244.1.0/24", "fd00:1::/64"]
 
 def test_the_right_way(node):
     bring(node, STATE)
-    assert live.wrong_paths(System(node), STATE, CIDRS, "wgmesh0") == []
+    assert live.wrong_paths(System(node), STATE, CIDRS) == []
 
 
 def test_a_rule_that_comes_first(node):
@@ -190,7 +190,7 @@ def test_a_rule_that_comes_first(node):
     bring(node, STATE)
     node.rules["ipv4"].insert(0, {"priority": 5, "src": "all", "table": "100"})
     node.routes[("ipv4", 100)] = {"10.244.2.0/25": route("10.244.2.0/25", 100, dev="eth0", src="")}
-    assert live.wrong_paths(System(node), STATE, CIDRS, "wgmesh0") == [
+    assert live.wrong_paths(System(node), STATE, CIDRS) == [
         "10.244.2.0/24 by eth0 (from this host)", "10.244.2.0/24 by eth0 (from pods in 10.244.1.0/24)"]
 
 
@@ -198,21 +198,41 @@ def test_a_rule_that_comes_first_for_pods_only(node):
     bring(node, STATE)
     node.rules["ipv6"].insert(0, {"priority": 5, "src": "fd00:1::", "srclen": 64, "table": "100"})
     node.routes[("ipv6", 100)] = {"fd00:2::/64": route("fd00:2::/64", 100, dev="eth0", src="")}
-    assert live.wrong_paths(System(node), STATE, CIDRS, "wgmesh0") == ["fd00:2::/64 by eth0 (from pods in fd00:1::/64)"]
+    assert live.wrong_paths(System(node), STATE, CIDRS) == ["fd00:2::/64 by eth0 (from pods in fd00:1::/64)"]
+
+
+def test_node_addresses_are_looked_up_as_well(node):
+    """A foreign rule for the nodes' network would keep what pods send to nodes in clear."""
+    state = dict(STATE, routes=STATE["routes"] + [route("198.18.0.12/32", TABLE + 1)])
+    bring(node, state)
+    node.rules["ipv4"].insert(0, {"priority": 5, "src": "all", "table": "100"})
+    node.routes[("ipv4", 100)] = {"198.18.0.0/24": route("198.18.0.0/24", 100, dev="eth0", src="")}
+    found = live.wrong_paths(System(node), state, CIDRS)
+    assert found == ["198.18.0.12/32 by eth0 (from pods in 10.244.1.0/24)"], "from the host it is not steered"
+
+
+def test_a_route_that_stays_on_the_other_device(node):
+    """While keys are rotated, a peer that is not proven on the new device is reached through the old one."""
+    node.add_link("wgmesh1", "wireguard", ["198.18.0.11/32"])
+    state = dict(STATE, routes=[dict(item, dev="wgmesh1") if item["dst"] == "10.244.2.0/24" else item for item in STATE["routes"]])
+    bring(node, state)
+    assert live.wrong_paths(System(node), state, CIDRS) == []
+    assert live.wrong_paths(System(node), STATE, CIDRS) == [
+        "10.244.2.0/24 by wgmesh1 (from this host)", "10.244.2.0/24 by wgmesh1 (from pods in 10.244.1.0/24)"]
 
 
 def test_no_way_at_all(node):
     bring(node, STATE)
     node.routes[("ipv4", TABLE)]["10.244.2.0/24"]["dev"] = ""
-    assert "10.244.2.0/24 by no route (from this host)" in live.wrong_paths(System(node), STATE, [], "wgmesh0")
+    assert "10.244.2.0/24 by no route (from this host)" in live.wrong_paths(System(node), STATE, [])
 
 
 def test_nothing_is_asked_for_what_is_not_steered(node):
     bring(node, STATE)
     only_v6 = dict(STATE, rules=[item for item in STATE["rules"] if item["family"] == "ipv6"])
     node.rules["ipv4"] = []
-    assert live.wrong_paths(System(node), only_v6, CIDRS, "wgmesh0") == []
-    assert live.wrong_paths(System(node), dict(STATE, routes=[]), CIDRS, "wgmesh0") == []
+    assert live.wrong_paths(System(node), only_v6, CIDRS) == []
+    assert live.wrong_paths(System(node), dict(STATE, routes=[]), CIDRS) == []
 
 
 def test_a_node_whose_pods_have_no_device_yet(node):
@@ -221,7 +241,7 @@ def test_a_node_whose_pods_have_no_device_yet(node):
     del node.routes[("ipv4", TABLE_MAIN)]["10.244.1.0/24"]
     node.links["cni0"]["addresses"] = []
     assert live.local_device(System(node), "10.244.1.9") is None
-    assert live.wrong_paths(System(node), STATE, CIDRS, "wgmesh0") == []
+    assert live.wrong_paths(System(node), STATE, CIDRS) == []
     assert live.local_device(System(node), "fd00:1::9") == "cni0"
 
 
