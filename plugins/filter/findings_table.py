@@ -10,6 +10,7 @@ from __future__ import annotations
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _preflight
+from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import untrusted_results
 
 FIELDS = ("level", "check", "node", "message", "remedy")
 
@@ -30,4 +31,4 @@ class FilterModule:
     """Filters of this file."""
 
     def filters(self):
-        return {"findings_table": findings_table}
+        return untrusted_results({"findings_table": findings_table})

@@ -13,6 +13,7 @@ from ansible.errors import AnsibleFilterError
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _lock_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import untrusted_results
 
 
 def lock_verdict(results, run, started, path="/run/kubemesh/lock.json"):
@@ -31,4 +32,4 @@ class FilterModule:
     """Filters of this file."""
 
     def filters(self):
-        return {"lock_verdict": lock_verdict}
+        return untrusted_results({"lock_verdict": lock_verdict})

@@ -15,6 +15,7 @@ from ansible.errors import AnsibleFilterError
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, load_document
+from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import untrusted_results
 
 
 def batches(hosts, sizes):
@@ -218,7 +219,7 @@ class FilterModule:
     """Filters of the collection."""
 
     def filters(self):
-        return {
+        return untrusted_results({
             "batches": batches,
             "batch_problems": batch_problems,
             "progress": progress,
@@ -234,4 +235,4 @@ class FilterModule:
             "strict_obstacles": strict_obstacles,
             "target_generation": target_generation,
             "unknown_variables": unknown_variables,
-        }
+        })

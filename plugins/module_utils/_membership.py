@@ -364,7 +364,7 @@ def _facts_settings(host, facts, variable, settings, problems):
         return
     keys = _dict(facts.get("public_keys"))
     for generation, key in keys.items():
-        if key is None:  # check mode: the key that would be made is not known yet
+        if key in (None, ""):  # check mode: the key that would be made is not known yet
             continue
         generation = str(generation)
         if generation not in GENERATIONS:
@@ -374,7 +374,8 @@ def _facts_settings(host, facts, variable, settings, problems):
             settings["public_keys"][generation] = canonical_public_key(key)
         except MeshError as exc:
             problems.append("host %s, %s.public_keys.%s: %s; run the keypair module on this host again" % (host, variable, generation, exc))
-    if settings["mtu"] is None and facts.get("mtu") is not None:
+    # "" is what ansible-core 2.18 makes of a template whose value is null
+    if settings["mtu"] is None and facts.get("mtu") not in (None, ""):
         settings["mtu"] = _number_setting(host, variable + ".mtu", facts["mtu"], MTU_MIN, MTU_MAX, problems)
     document = facts.get("document")
     if document:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 from ansible.utils.unsafe_proxy import wrap_var
@@ -29,3 +30,18 @@ def untrusted(value):
     such tags, which text from the inventory has, and ``wrap_var`` adds none.
     """
     return wrap_var(plain(value))
+
+
+def untrusted_results(filters):
+    """``{name: function}`` of filters whose results are never templated, whatever they were made of.
+
+    In ansible-core 2.18 text that comes out of ``hostvars`` has lost its mark, and what a template stores with ``set_fact`` is templated
+    again when it is used: a node list with Jinja in it would be executed on the controller.
+    """
+    def wrapped(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            return untrusted(function(*args, **kwargs))
+        return run
+
+    return {name: wrapped(function) for name, function in filters.items()}

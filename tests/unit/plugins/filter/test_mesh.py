@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
@@ -15,10 +16,13 @@ from ansible.errors import AnsibleFilterError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ansible_collections.kubemesh.wireguard.plugins.filter import findings_table, lock_verdict
 from ansible_collections.kubemesh.wireguard.plugins.filter import mesh as plugin
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
+from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _hostvars
 
 FILTERS = plugin.FilterModule().filters()
+ALL_FILTERS = dict(FILTERS, **findings_table.FilterModule().filters(), **lock_verdict.FilterModule().filters())
 FOLDER = os.path.dirname(os.path.abspath(plugin.__file__))
 KEY = "B" * 42 + "A="
 
@@ -33,8 +37,8 @@ def documentation(name):
 @pytest.mark.parametrize("name", sorted(FILTERS))
 def test_filters_are_documented(name):
     """Each in a file of its own, with the arguments that the function takes, in their order."""
-    code = FILTERS[name].__code__
-    arguments = code.co_varnames[:code.co_argcount]
+    parameters = inspect.signature(FILTERS[name]).parameters
+    arguments = list(parameters)
     docs = documentation(name)
     options = docs["DOCUMENTATION"]["options"]
     positional = docs["DOCUMENTATION"].get("positional") or ""
@@ -43,7 +47,7 @@ def test_filters_are_documented(name):
     assert docs["DOCUMENTATION"]["name"] == name and len(options) == len(arguments) and "_input" in options
     assert positional == [argument for argument in arguments[1:] if argument in positional]
     assert set(options) - {"_input"} == set(arguments[1:])
-    optional = arguments[len(arguments) - len(FILTERS[name].__defaults__ or ()):]
+    optional = [argument for argument in arguments if parameters[argument].default is not inspect.Parameter.empty]
     for argument in arguments[1:]:
         assert bool(options[argument].get("required")) == (argument not in optional), argument
     assert "kubemesh.wireguard." + name in docs["EXAMPLES"] and docs["RETURN"]["_value"]["description"]
@@ -55,6 +59,42 @@ def test_every_documented_filter_exists():
     assert set(FILTERS) <= documented
     # Those that have a file of their own.
     assert documented - set(FILTERS) == {"findings_table", "lock_verdict"}
+
+
+# --- nothing is templated ----------------------------------------------------------------------------------------------------------------
+
+JINJA = "{{ lookup('ansible.builtin.pipe', 'id') }}"
+INFO = {"node": JINJA, "device": None, "sending": False, "counts": {}, "peers": [], "warnings_of_mesh": [JINJA]}
+FINDING = {"level": "error", "check": "port", "node": JINJA, "value": "", "message": JINJA, "remedy": JINJA}
+
+
+def texts(value):
+    if isinstance(value, dict):
+        return [text for item in value.items() for text in texts(item)]
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("name,arguments", [
+    ("all_findings", (["a"], {"a": {"__mesh_local": {"findings": [FINDING]}, "__mesh_computed": {"warnings": [JINJA]}}})),
+    ("batch_problems", (["a"], ["a"], {"a": {"__mesh_batch_problem": JINJA}})),
+    ("mesh_table", (["a"], {"a": {"info": INFO}}, "info")),
+    ("mesh_table", (["a"], {"a": {"info": {"msg": JINJA}}}, "info")),
+    ("membership_lines", ({"source": "file", "source_reason": JINJA, "serial": 1, "counts": {}, "pending": {"a": JINJA}, "excluded": {},
+                           "changes": [JINJA]},)),
+    ("strict_obstacles", ({"members": [JINJA], "pending": {}, "excluded": {}}, [], {}, [])),
+    ("keys_due", ([JINJA], {JINJA: {"__mesh_key": {"age": 1e9}}}, 1)),
+    ("findings_table", ([FINDING], 400)),
+    ("lock_verdict", ({"a": {"acquired": False, "state": "claimed", "holder_age_seconds": 3.0, "expires_in_seconds": 9.0, "holder": {
+        "run": "run-b", "who": JINJA, "doing": "enable", "started": 1.0, "phase": "held", "controller": None, "lease": 9}}}, "run-a", 1.0)),
+])
+def test_what_nodes_say_is_never_a_template(name, arguments):
+    """What the kernel, the cluster or another controller say comes out as text, and as text that Ansible does not template again."""
+    found = texts(ALL_FILTERS[name](*arguments))
+    assert any("lookup" in text for text in found), found
+    for text in found:
+        assert not _hostvars.is_trusted_as_template(text), text
 
 
 # --- batches and progress ----------------------------------------------------------------------------------------------------------------

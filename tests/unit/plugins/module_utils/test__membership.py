@@ -309,6 +309,11 @@ class TestHosts:
         assert [own[field] for field in ("endpoints", "keepalive", "mtu", "pod_cidrs", "node_addresses", "document")] == [None] * 6
         assert own["public_keys"] == {}
 
+    def test_what_is_empty_is_not_reported(self):
+        """ansible-core 2.18 makes "" of a template whose value is null."""
+        own = settings_of(worker_1={"mesh_node_facts": {"mtu": "", "public_keys": {"0": ""}}})["worker-1"]
+        assert (own["mtu"], own["public_keys"]) == (None, {})
+
     def test_measured_mtu_and_int_generations(self):
         own = settings_of(worker_1={"mesh_node_facts": {"mtu": "1420", "public_keys": {0: key(1)}}})["worker-1"]
         assert (own["mtu"], own["public_keys"]) == (1420, {"0": key(1)})
