@@ -171,6 +171,42 @@ def strict_obstacles(computed, hosts, hostvars, exempt):
     return found
 
 
+def in_use_conflicts(hosts, hostvars, settings):
+    """Why ``mesh_port`` and ``mesh_fwmark`` cannot be what they are set to: the mesh is in use with others. Lines of text.
+
+    A device that drifted is no conflict but is mended: the document has the port that all agreed on, the rule has the mark that counts.
+
+    :param settings: {"port", "fwmark"} that this run would set.
+    """
+    port, mark, found = int(settings["port"]), int(settings["fwmark"]), []
+    for host in hosts:
+        before = hostvars[host].get("__mesh_before") or {}
+        live = [item for item in before.get("generations") or [] if item.get("listen_port") is not None]
+        agreed = ((before.get("document") or {}).get("ports") or {}).get("0")
+        other = agreed if agreed is not None else next(
+            (item["listen_port"] - int(item["generation"]) for item in live if item["listen_port"]), port)
+        if live and int(other) != port:
+            found.append(_in_use(host, "mesh_port", int(other), port))
+        used = _mark_in_use(before, live)
+        if used not in (None, mark):
+            found.append(_in_use(host, "mesh_fwmark", used, mark))
+    return found
+
+
+def _mark_in_use(before, live):
+    """The mark that outer packets need so that nothing drops or turns them; None where none counts. 0 is no mark, and gets one."""
+    if before.get("rule_fwmark") is not None:
+        return int(before["rule_fwmark"])
+    if not before.get("sending") and not (before.get("guard") or {}).get("present"):
+        return None
+    return next((int(item["fwmark"]) for item in live if item.get("fwmark")), None)
+
+
+def _in_use(host, variable, used, wanted):
+    return ("host %s: the mesh is in use with %s %d, and this run has %d; it cannot be changed while it is in use: run the playbook "
+            "disable first, or leave it at %d" % (host, variable, used, wanted, used))
+
+
 def old_generations(infos, target, computed):
     """Generations other than the target of which anything is left, on nodes or in the mesh document."""
     found = set(computed["key_generations"])
@@ -225,6 +261,7 @@ class FilterModule:
             "progress": progress,
             "all_findings": all_findings,
             "silent_nodes": silent_nodes,
+            "in_use_conflicts": in_use_conflicts,
             "keys_due": keys_due,
             "membership_lines": membership_lines,
             "mesh_table": mesh_table,

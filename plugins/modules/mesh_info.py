@@ -100,11 +100,13 @@ document:
   sample:
     serial: 7
     generation: 0
+    ports: {"0": 51840, "1": 51841}
     sha256: 5f4dcc3b5aa765d61d8327deb882cf992b95990a9151374abd8ff8c5a7a0fe08
 generations:
   description:
     - What there is of each generation of keys, device, key file and its age in seconds, files that restore it at boot, number of routes
-      through it. More than one while keys are rotated.
+      through it, and the UDP port and the mark that the device has now (null where there is no device). More than one while keys are
+      rotated.
   returned: always
   type: list
   elements: dict
@@ -116,6 +118,13 @@ generations:
       key_age: 86400
       boot: true
       routes: 8
+      listen_port: 51840
+      fwmark: 4096
+rule_fwmark:
+  description: The mark that the rule for traffic between nodes spares, null where there is no such rule.
+  returned: always
+  type: int
+  sample: 4096
 encrypts:
   description: What this node sends through the mesh, V(pods), V(nodes) (node to node as well) or V(nothing).
   returned: always
@@ -322,10 +331,14 @@ def look(params, system):
             "public_key": device["public_key"] if device else None,
             "addresses": link["addresses"],
         },
-        "document": None if doc is None else {"serial": doc["serial"], "generation": doc["generation"], "sha256": document_sha256(doc)},
+        "document": None if doc is None else {
+            "serial": doc["serial"], "generation": doc["generation"], "ports": doc["ports"], "sha256": document_sha256(doc)},
         "generations": [
             {"generation": item["generation"], "name": item["name"], "device": item["link"] is not None, "key": item["key"],
-             "key_age": item["key_age"], "boot": item["boot"], "routes": item["routes"]} for item in there],
+             "key_age": item["key_age"], "boot": item["boot"], "routes": item["routes"],
+             "listen_port": item["state"]["listen_port"] if item["state"] else None,
+             "fwmark": item["state"]["fwmark"] if item["state"] else None} for item in there],
+        "rule_fwmark": next((rule["not_fwmark"] for rule in routes["rules"] if rule["not_fwmark"]), None),
         "guard": guard,
         "sending": bool(routes["rules"]),
         "encrypts": encrypts(routes),

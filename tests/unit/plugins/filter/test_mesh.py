@@ -277,6 +277,44 @@ def test_keys_that_are_due():
     assert FILTERS["keys_due"](list(hostvars), hostvars, 91) == "" == FILTERS["keys_due"](list(hostvars), hostvars, 0)
 
 
+# --- what cannot be changed on a live mesh -----------------------------------------------------------------------------------------------
+
+def in_use(**changes):
+    """What `mesh_info` says of a node that sends through generation 1 of a mesh with the defaults."""
+    return dict({
+        "sending": True, "rule_fwmark": 4096, "guard": {"present": False}, "document": {"ports": {"0": 51840, "1": 51841}},
+        "generations": [{"generation": 1, "listen_port": 51841, "fwmark": 4096}]}, **changes)
+
+
+PODS_ONLY = {"rule_fwmark": None}
+IDLE = {"rule_fwmark": None, "sending": False}
+
+
+@pytest.mark.parametrize("before,port,fwmark,messages", [
+    (in_use(), 51840, 4096, []), (in_use(), "51840", "4096", []),
+    (in_use(), 5000, 4096, ["mesh_port 51840, and this run has 5000"]),
+    (in_use(), 51840, 8192, ["mesh_fwmark 4096, and this run has 8192"]),
+    (in_use(), 5000, 8192, ["mesh_port 51840", "mesh_fwmark 4096"]),
+    # without a document, or with a damaged one, the device tells; each generation has a port of its own
+    (in_use(document=None), 51840, 4096, []), (in_use(document=None), 51841, 4096, ["mesh_port 51840, and this run has 51841"]),
+    # a device that drifted is mended: not the setting was changed
+    (in_use(generations=[{"generation": 0, "listen_port": 5555, "fwmark": 0}]), 51840, 4096, []),
+    (in_use(**dict(PODS_ONLY, generations=[{"generation": 0, "listen_port": 5555, "fwmark": 0}])), 51840, 4096, []),
+    # without the rule for nodes, the mark counts while the node sends, or guards
+    (in_use(**PODS_ONLY), 51840, 8192, ["mesh_fwmark 4096"]),
+    (in_use(**dict(IDLE, guard={"present": True})), 51840, 8192, ["mesh_fwmark 4096"]),
+    (in_use(**IDLE), 51840, 8192, []),
+    # nothing is there
+    (in_use(**dict(IDLE, generations=[], document=None)), 1, 2, []),
+    (in_use(**dict(IDLE, generations=[{"generation": 0, "listen_port": None, "fwmark": None}])), 1, 2, []), (None, 1, 2, []),
+])
+def test_port_and_mark_of_a_mesh_in_use(before, port, fwmark, messages):
+    found = FILTERS["in_use_conflicts"](["h"], {"h": {"__mesh_before": before}}, {"port": port, "fwmark": fwmark})
+    assert len(found) == len(messages) and all(message in text for message, text in zip(messages, found)), found
+    assert all(text.startswith("host h: the mesh is in use with") and "run the playbook disable first, or leave it at" in text
+               for text in found)
+
+
 # --- strict mode -------------------------------------------------------------------------------------------------------------------------
 
 def test_strict_mode_needs_every_pair():

@@ -98,10 +98,23 @@ def test_what_of_it_is_returned(host, run):
 
 def test_which_document_and_which_generations(host, run):
     result = run()
-    assert result["document"] == {"serial": 1, "generation": 0, "sha256": _mesh.document_sha256(host.doc)}
+    assert result["document"] == {
+        "serial": 1, "generation": 0, "ports": {"0": 51840, "1": 51841}, "sha256": _mesh.document_sha256(host.doc)}
     assert result["generations"] == [
-        {"generation": 0, "name": "wgmesh0", "device": True, "key": False, "key_age": None, "boot": False, "routes": 4}]
+        {"generation": 0, "name": "wgmesh0", "device": True, "key": False, "key_age": None, "boot": False, "routes": 4,
+         "listen_port": 51840, "fwmark": 4096}]
     assert result["encrypts"] == "pods"
+
+
+def test_port_and_mark_that_are_in_use(host, run):
+    assert run()["rule_fwmark"] is None, "only between nodes is the mark of any use"
+    host.node.change_rules([{"op": "add_rule", "rule": {
+        "family": "ipv4", "priority": 402, "table": 51841, "from": "", "not_fwmark": 8192}}])
+    del host.node.changes[:]
+    host.wg.states["wgmesh0"].update(listen_port=5555, fwmark=8192)
+    result = run()
+    assert result["rule_fwmark"] == 8192
+    assert [(item["listen_port"], item["fwmark"]) for item in result["generations"]] == [(5555, 8192)]
 
 
 def test_in_the_middle_of_a_rotation(host, run):
