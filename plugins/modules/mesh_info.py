@@ -116,6 +116,7 @@ generations:
       device: true
       key: true
       key_age: 86400
+      preshared_keys: false
       boot: true
       routes: 8
       listen_port: 51840
@@ -262,6 +263,7 @@ def read_generations(system, interface, routes):
             "generation": number, "name": name, "link": link, "state": state,
             "key": age is not None,
             "key_age": age,
+            "preshared_keys": os.path.isdir("/etc/wireguard/%s.psk" % name),
             "boot": any(os.path.exists(path) for path in paths_of(name).values()),
             "routes": sum(1 for route in routes["routes"] if route["dev"] == name),
         })
@@ -335,7 +337,7 @@ def look(params, system):
             "serial": doc["serial"], "generation": doc["generation"], "ports": doc["ports"], "sha256": document_sha256(doc)},
         "generations": [
             {"generation": item["generation"], "name": item["name"], "device": item["link"] is not None, "key": item["key"],
-             "key_age": item["key_age"], "boot": item["boot"], "routes": item["routes"],
+             "key_age": item["key_age"], "preshared_keys": item["preshared_keys"], "boot": item["boot"], "routes": item["routes"],
              "listen_port": item["state"]["listen_port"] if item["state"] else None,
              "fwmark": item["state"]["fwmark"] if item["state"] else None} for item in there],
         "rule_fwmark": next((rule["not_fwmark"] for rule in routes["rules"] if rule["not_fwmark"]), None),

@@ -107,6 +107,37 @@ def test_rotation_twice_in_a_row(lab, generation):
     assert set(run.changed().values()) == {0}
 
 
+def preshared(lab, device):
+    """{node: the preshared keys of its device}, to be compared and never shown."""
+    return {node: set(text_of(lab, node, "wg show %s preshared-keys | cut -f2" % device).split()) for node in lab.nodes}
+
+
+def test_preshared_keys_come_and_change_and_go(lab):
+    """Each pair has its own, both ends the same; each time by a rotation, so that a handshake proves them."""
+    seen, generation = set(), int(infos(lab)["node-1"]["device"]["name"][-1])
+    for secret in ("0123456789abcdefghijklmnopqrstuvwxyz", "zyxwvutsrqponmlkjihgfedcba9876543210", None):
+        path = lab.state / "secret.json"
+        path.write_text(json.dumps({"mesh_psk_secret": secret} if secret else {}))
+        with Watched(lab):
+            playbook(lab, "enable", "-e", "@%s" % path, preflight=False)
+        generation = 1 - generation
+        found = preshared(lab, "wgmesh%d" % generation)
+        if secret is None:
+            assert set.union(*found.values()) == {"(none)"}
+            break
+        pairs = set.union(*found.values())
+        assert "(none)" not in pairs and len(pairs) == 3 and not pairs & seen
+        assert all(len(found[one] & found[other]) == 1 for one in found for other in found if one != other)
+        seen |= pairs
+        run = playbook(lab, "enable", "-e", "@%s" % path, preflight=False)
+        assert set(run.changed().values()) == {0}
+        run = playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory", rc=2)
+        assert "mesh_psk_secret" in run.text
+    assert all_encrypted(lab)
+    assert keys(lab) == {node: ["wgmesh%d.key" % generation] for node in lab.nodes}
+    assert "psk" not in text_of(lab, "node-1", "ls /etc/wireguard /etc/kubemesh; cat /etc/wireguard/*.conf")
+
+
 def test_host_encryption_on_and_off(lab):
     assert wire(lab, kinds=("host-host",))["clear_frames"] > 0
     with Watched(lab):
@@ -137,7 +168,8 @@ def test_who_is_locked_out_is_let_in_again(lab):
     """The switch breaks the way by which the node is administered: the node takes it back, the run says so, and goes no further."""
     lab.exec("node-1", ["systemd-run", "--unit=lock-out", "sh", "-c", LOCK_OUT])
     try:
-        with Watched(lab):
+        # Connections from the controller to the NodePort go the way that is broken.
+        with Watched(lab, streams=False):
             run = playbook(lab, "enable", "-e", "mesh_encrypt=nodes", "-e", "mesh_confirm_timeout=8", preflight=False, rc=2)
     finally:
         lab.exec("node-1", ["sh", "-c", "systemctl stop lock-out; ip rule del pref 50 2>/dev/null || true"])
