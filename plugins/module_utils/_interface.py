@@ -116,8 +116,8 @@ def read(system, interface, preshared_key_files=None):
 def plan_present(system, wanted, host, current, check_mode):
     """Everything to do for a device that shall be there: a dict of step lists in the order in which they are carried out.
 
-    wanted: as `_persist.boot_files` takes it, "keep_unknown_peers", and "remove": whether what does not belong any more goes; what stays for
-    now is counted in "left".
+    wanted: as `_persist.boot_files` takes it, "keep_unknown_peers", and "remove": whether what does not belong any more goes; what stays
+    for now is counted in "left".
     """
     link, state = current
     interface = wanted["interface"]

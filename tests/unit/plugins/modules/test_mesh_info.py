@@ -218,5 +218,5 @@ def test_a_device_that_does_not_answer(host, run, monkeypatch):
 
 
 def test_no_secret_is_returned(host, run, run_module):
-    run()
-    assert "preshared" not in run_module.output and "private" not in run_module.output
+    assert [item.pop("preshared_keys") for item in run()["generations"]] == [False], "whether there are any, and nothing of them"
+    assert "preshared_key\"" not in run_module.output and "private" not in run_module.output
