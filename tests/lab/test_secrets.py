@@ -2,11 +2,13 @@
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A private key is in its file and nowhere else: not after enable -vvvv, in no form (invariant I5)."""
+"""A private key is in its file and nowhere else: not after enable -vvvv, in no form (invariant I5). So are preshared keys, and nowhere
+on the nodes is the secret that they are derived from."""
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 import sys
 import threading
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import keep_on_failure, made, playbook
+from harness import keep_on_failure, made, playbook, text_of
 
 KEY_FILE = "/etc/wireguard/wgmesh0.key"
 
@@ -69,12 +71,16 @@ def read_tree(top):
                     continue
 
 
-def test_private_key_is_only_in_its_file(lab, tmp_path):
+SECRET = "correct-horse-battery-staple-0123456789"
+
+
+def test_secrets_are_only_in_their_files(lab, tmp_path):
     watcher = CommandLines()
     watcher.start()
     temporary = tmp_path / "controller"
     temporary.mkdir()
-    run = playbook(lab, "enable", "-vvvv", "--diff", env={
+    (lab.state / "secret.json").write_text(json.dumps({"mesh_psk_secret": SECRET}))
+    run = playbook(lab, "enable", "-vvvv", "--diff", "-e", "@%s" % (lab.state / "secret.json"), env={
         "ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(tmp_path / "facts"), "ANSIBLE_GATHERING": "smart",
         "ANSIBLE_KEEP_REMOTE_FILES": "1", "TMPDIR": str(temporary)})
     watcher.end.set()
@@ -84,7 +90,9 @@ def test_private_key_is_only_in_its_file(lab, tmp_path):
         found = lab.exec(node, ["cat", KEY_FILE]).stdout
         key = (found.decode() if isinstance(found, bytes) else found).strip()
         assert len(key) == 44
-        wanted = forms(key)
+        preshared = text_of(lab, node, "cat /etc/wireguard/wgmesh0.psk/*").split()
+        assert len(preshared) == 1 and text_of(lab, node, "wg show wgmesh0 preshared-keys").split()[1:] == preshared
+        wanted = forms(key) + forms(preshared[0]) + [SECRET.encode(), base64.b64encode(SECRET.encode())]
         root = "/proc/%d/root" % lab.leader(node)
         # The search itself must be able to find it.
         with open(root + KEY_FILE, "rb") as handle:
@@ -96,6 +104,7 @@ def test_private_key_is_only_in_its_file(lab, tmp_path):
         for top in (tmp_path, lab.state / "logs"):
             haystack += list(read_tree(top))
         for top in ("/etc", "/root", "/tmp", "/run", "/var/log", "/var/tmp", "/var/lib/systemd", "/home"):
-            haystack += [(path, text) for path, text in read_tree(root + top) if not path.endswith(KEY_FILE)]
+            haystack += [(path, text) for path, text in read_tree(root + top)
+                         if not path.endswith(KEY_FILE) and "/wgmesh0.psk/" not in path]
         leaks = [place for place, text in haystack for form in wanted if form in text]
         assert leaks == []
