@@ -8,7 +8,7 @@
 RUN := tests/run/run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test check lint sanity build test-unit test-live test-lab test-kernel molecule clean
+.PHONY: help demo demo-down test check lint sanity build test-unit test-live test-lab test-long test-kernel molecule clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -42,6 +42,9 @@ test-live: ## Modules against userspace WireGuard in network namespaces (root)
 
 test-lab: ## The playbooks on a cluster of hosts with systemd (root)
 	@$(RUN) gate lab lab-variants lab-change
+
+test-long: ## Changes under traffic and 60 controllers killed at random moments (root, hours)
+	@KUBEMESH_KILLS=60 $(RUN) gate lab-change
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel
