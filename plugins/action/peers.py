@@ -95,10 +95,12 @@ def mismatches(document, settings, hosts, play_hosts, ansible_hosts):
     orphans = sorted(set(nodes) - set(settings))
     matched = {settings[name]["host"] for name in set(document["nodes"]) & set(settings)}
     without_node = sorted(set(hosts) - matched)
+    here = {name for name in nodes if name in settings and settings[name]["host"] in play_hosts}
     addresses = {address: name for name in orphans for address in nodes[name]["node_addresses"]}
     return {
         "not_in_inventory": orphans,
-        "not_in_play": sorted(name for name in set(nodes) & set(settings) if settings[name]["host"] not in play_hosts),
+        "not_in_play": sorted(set(nodes) & set(settings) - here),
+        "without_key": sorted(name for name in set(nodes) - here if not nodes[name]["public_keys"]),
         "hosts_without_node": without_node,
         "suggestions": _membership.name_suggestions(orphans, {host: ansible_hosts.get(host) for host in without_node}, addresses),
     }
@@ -123,7 +125,10 @@ class ActionModule(ActionBase):
         _membership.require_libraries()
         groups = plain(task_vars.get("groups") or {})
         hosts = args["hosts"] if args["hosts"] is not None else sorted(groups.get("all", []))
-        control_plane = args["kubectl_host"] or next(iter(groups.get(CONTROL_PLANE_GROUP, [])), None)
+        candidates = groups.get(CONTROL_PLANE_GROUP, [])
+        # an inventory may have several clusters, and each its own control plane in this group
+        candidates = [host for host in candidates if host in set(hosts)] or candidates
+        control_plane = args["kubectl_host"] or next(iter(candidates), None)
         problems = self._unknown_hosts(args, groups)
         variables = _membership.HOST_VARIABLES + ("ansible_host",)
         read = _hostvars.read_hosts(task_vars["hostvars"], hosts, variables, args["facts_variable"]) if hosts else {}
@@ -156,7 +161,7 @@ class ActionModule(ActionBase):
                 "forget_nodes": args["forget_nodes"], "exclude_nodes": args["exclude_nodes"], "service_cidrs": args["service_cidrs"],
                 "expect_new_keys": args["expect_new_keys"], "settings": settings, "problems": problems})
         warnings.extend(more)
-        expected = args["hosts"] if args["hosts"] is not None else sorted(play_hosts & set(hosts))
+        expected = sorted(play_hosts & set(hosts)) or args["hosts"] or []
         missing = mismatches(document, settings, expected, play_hosts, ansible_hosts)
         warnings.extend("host %s is not the name of a node, but most likely node %s: set mesh_node_name" % pair
                         for pair in sorted(missing["suggestions"].items()))

@@ -82,7 +82,8 @@ options:
     type: str
   kubectl_host:
     description:
-      - The host that kubectl runs on, by default the first one of the group C(kube_control_plane). The task has to be delegated to it.
+      - The host that kubectl runs on, by default the first one of the group C(kube_control_plane), of those in O(hosts) if
+        any is. The task has to be delegated to it.
     type: str
   kubectl_command:
     description:
@@ -94,7 +95,8 @@ options:
     description:
       - The inventory hosts that may be nodes. Their variables C(mesh_node_name), C(mesh_endpoint), C(mesh_keepalive), C(mesh_mtu),
         C(mesh_pod_cidrs), C(mesh_node_addresses) and O(facts_variable) are read, of hosts outside of C(--limit) too.
-      - By default all hosts of the inventory. A host whose name (or C(mesh_node_name)) is not the name of a node is left aside.
+      - By default all hosts of the inventory. Where an inventory has several clusters, name the hosts of this one.
+      - A host whose name (or C(mesh_node_name)) is not the name of a node is left aside.
     type: list
     elements: str
   facts_variable:
@@ -347,8 +349,13 @@ missing:
       type: list
       elements: str
       sample: [worker-2]
+    without_key:
+      description: Nodes (not excluded) whose host is not part of this play and of which no public key is known from anywhere.
+      type: list
+      elements: str
+      sample: [worker-9]
     hosts_without_node:
-      description: Hosts, of O(hosts) or else of this play, that are not a node.
+      description: Hosts of this play that are not a node; of O(hosts) only. Where none of them is in this play, all of O(hosts).
       type: list
       elements: str
       sample: [worker_9]

@@ -108,7 +108,8 @@ class TestDocument:
         worker = document["nodes"]["worker-1"]
         assert worker["endpoints"] == {"ipv4": {"address": "203.0.113.12", "port": 5000}}  # a template of the inventory
         assert (worker["keepalive"], worker["mtu"]) == (25, 1420)
-        assert result["missing"] == {"not_in_inventory": [], "not_in_play": [], "hosts_without_node": [], "suggestions": {}}
+        assert result["missing"] == {"not_in_inventory": [], "not_in_play": [], "hosts_without_node": [], "without_key": [],
+                                     "suggestions": {}}
         assert result["view"]["peers"] == _mesh.peers_of(document, "worker-1", 0)
         assert result["view"]["device_addresses"] == _mesh.device_addresses(document, "worker-1", 0)
         assert result["annotations"]["worker-2"] == {"kubemesh.wireguard/public-key-0": key(3)}
@@ -195,6 +196,7 @@ class TestDocument:
             "cp-1": {}, "worker_1": {}, "box": {"ansible_host": "198.18.0.13"}, "lb": {}, "worker-nocidr": {}}}}
         result = run({"nodes_file": NODES_FILE}, inventory, play_hosts=["cp-1", "worker_1", "box", "lb"])
         assert result["missing"] == {"not_in_inventory": ["worker-1", "worker-2"], "not_in_play": ["worker-nocidr"],
+                                     "without_key": ["worker-1", "worker-2", "worker-nocidr"],
                                      "hosts_without_node": ["box", "lb", "worker_1"], "suggestions": {"box": "worker-2",
                                                                                                       "worker_1": "worker-1"}}
         assert result["warnings"] == ["host box is not the name of a node, but most likely node worker-2: set mesh_node_name",
@@ -205,6 +207,42 @@ class TestDocument:
         assert result["counts"]["member"] == 4
         assert result["missing"]["not_in_play"] == ["worker-1", "worker-2", "worker-nocidr"]
         assert result["missing"]["hosts_without_node"] == []
+
+    def test_who_has_no_key_and_is_not_here(self, run, tmp_path):
+        dest = str(tmp_path / "mesh.json")
+        inventory = json.loads(json.dumps(INVENTORY))
+        del inventory["k8s_cluster"]["hosts"]["worker-1"], inventory["k8s_cluster"]["hosts"]["cp-1"]["mesh_node_facts"]
+        first = run({"nodes_file": NODES_FILE, "dest": dest}, inventory, play_hosts=["cp-1", "worker-nocidr"])
+        assert first["missing"]["without_key"] == ["worker-1"], "cp-1 is here and may be unreachable, worker-2 is known by its key"
+        second = run({"nodes_file": NODES_FILE, "previous": [dest]}, inventory, play_hosts=["box-2"])
+        assert second["missing"]["without_key"] == ["cp-1", "worker-1"] and second["previous_serial"] == 1
+
+    def test_an_inventory_with_two_clusters(self, run):
+        """What the role gives as hosts is one cluster; the other one has nodes, keys and a control plane of the same names."""
+        inventory = {
+            "k8s_cluster": {"hosts": {"cp-1": {"mesh_node_facts": facts(1)}, "w1": {"mesh_node_name": "worker-1"}}},
+            "other": {"hosts": {"other-cp": {"mesh_node_name": "cp-1", "mesh_node_facts": facts(9), "mesh_mtu": "odd"},
+                                "other-w": {"mesh_node_name": "worker-1", "mesh_pod_cidrs": ["10.9.0.0/24"]}}},
+            "kube_control_plane": {"hosts": {"other-cp": {}, "cp-1": {}}}}
+        mixed = run({"nodes_file": NODES_FILE}, inventory)
+        assert mixed["failed"] and any("both are node cp-1" in problem for problem in mixed["problems"])
+        for play_hosts in (["cp-1", "w1"], ["w1"]):
+            result = run({"nodes_file": NODES_FILE, "hosts": ["cp-1", "w1"], "return_document": True}, inventory, play_hosts=play_hosts)
+            assert result["document"]["nodes"]["cp-1"]["public_keys"] == {"0": key(1)}
+            assert result["document"]["nodes"]["worker-1"]["pod_cidrs"] != ["10.9.0.0/24"]
+            assert result["missing"]["hosts_without_node"] == [] and result["missing"]["not_in_inventory"] == ["worker-2", "worker-nocidr"]
+        found = run({"source": "kubectl", "hosts": ["cp-1", "w1"], "discover": True}, inventory)
+        assert found["delegate_to"] == "cp-1", "the control plane of this cluster"
+        found = run({"source": "kubectl", "hosts": ["w1"], "discover": True}, inventory)
+        assert found["delegate_to"] == "other-cp", "where none of them is one, the first one"
+
+    def test_hosts_outside_the_play_need_no_node(self, run):
+        """One that left the cluster and is still in the inventory is no fault of a run on another one."""
+        args = {"nodes_file": NODES_FILE, "hosts": ["cp-1", "gone"]}
+        inventory = {"k8s_cluster": {"hosts": {"cp-1": {}, "gone": {}}}}
+        assert run(args, inventory, play_hosts=["cp-1"])["missing"]["hosts_without_node"] == []
+        assert run(args, inventory, play_hosts=["gone"])["missing"]["hosts_without_node"] == ["gone"]
+        assert run(args, inventory, play_hosts=["localhost"])["missing"]["hosts_without_node"] == ["gone"]
 
     def test_template_that_needs_facts_of_an_absent_host(self, run, tmp_path):
         inventory = json.loads(json.dumps(INVENTORY))
