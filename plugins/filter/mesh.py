@@ -62,34 +62,82 @@ def silent_nodes(computed, hosts, hostvars):
     return sorted((set(computed["members"]) | set(computed["pending"])) - listening)
 
 
-def all_findings(hosts, hostvars):
-    """The findings of all nodes and those about the node list, as `findings_table` takes them."""
+def all_findings(hosts, hostvars, exempt=()):
+    """The findings of all nodes and those about the node list, as `findings_table` takes them.
+
+    :param hosts: all hosts of the play, also those that failed or were not reached: what they said before counts.
+    :param exempt: names of nodes that may stay in clear.
+    """
     found = []
     for host in hosts:
         for variable in ("__mesh_local", "__mesh_between"):
             found += list((hostvars[host].get(variable) or {}).get("findings") or [])
-    failed = next((hostvars[host]["__mesh_membership_failed"] for host in hosts if hostvars[host].get("__mesh_membership_failed")), None)
-    computed = next((hostvars[host]["__mesh_computed"] for host in hosts if hostvars[host].get("__mesh_computed")), None) or {}
-    if failed:
-        for text in failed.get("problems") or [failed.get("msg", "the node list cannot be read")]:
-            found.append(finding("error", text))
+    found += node_list_findings(hosts, hostvars)
+    computed = _first_value(hosts, hostvars, "__mesh_computed", lambda value: "members" in value or "missing" in value)
     found += [finding("warning", text) for text in computed.get("warnings") or []]
-    return found + mismatch_findings(computed.get("missing") or {})
+    reached = {host for host in hosts if "exists" in (hostvars[host].get("__mesh_before") or {})}
+    for host in hosts if reached else ():
+        if host not in reached:
+            found.append(dict(
+                finding("warning", "host %s could not be reached, or failed before" % host),
+                remedy="mend that and run the playbook again: until then its pairs stay as they are, and a new node stays in clear"))
+    return found + mismatch_findings(computed.get("missing") or {}, computed.get("previous_serial") is None, exempt)
 
 
-def mismatch_findings(missing):
-    """Findings about names: hosts of this run without a Node object would get no peers, nodes without a host stay in clear."""
+def _first_value(hosts, hostvars, variable, usable):
+    """The first usable value of a variable that a task set once for all; an empty dict if there is none."""
+    values = (hostvars[host].get(variable) or {} for host in hosts)
+    return next((value for value in values if usable(value)), {})
+
+
+def node_list_findings(hosts, hostvars):
+    """Why there is no node list: what was wrong with it, or that nobody could be asked."""
+    failed = _first_value(hosts, hostvars, "__mesh_membership_failed", bool) or _first_value(
+        hosts, hostvars, "__mesh_computed", lambda value: value.get("failed") or value.get("unreachable"))
+    if failed.get("unreachable"):
+        return [dict(finding("error", "the host that was asked for the node list could not be reached: %s" % failed.get("msg", "")),
+                     remedy="see that it is there, or name another one in mesh_kubectl_host, or another source in mesh_nodes_source")]
+    if failed:
+        return [finding("error", text) for text in failed.get("problems") or [failed.get("msg") or "the node list cannot be read"]]
+    if not any(hostvars[host].get("__mesh_computed") for host in hosts):
+        return [dict(finding("error", "there is no node list, and nothing says why"),
+                     remedy="see which host failed or could not be reached, and whether kubectl works on mesh_kubectl_host")]
+    return []
+
+
+def mismatch_findings(missing, first=False, exempt=()):
+    """Findings about names: hosts of this run without a Node object would get no peers, nodes without a host stay in clear.
+
+    :param missing: as `peers` returns it.
+    :param first: whether this run makes the first mesh document. Then nobody ever had a key, and slices of an inventory would each make a
+        mesh of their own, end well, and leave everything between them in clear.
+    :param exempt: names of nodes that may stay in clear.
+    """
     found, suggestions = [], missing.get("suggestions") or {}
+    unknown = sorted(set(missing.get("without_key") or []) - set(exempt)) if first else []
+    if unknown:
+        named = ", ".join(unknown[:10]) + (" and %d more" % (len(unknown) - 10) if len(unknown) > 10 else "")
+        found.append(dict(
+            finding("error", "%s: not part of this run, and no key of it is known: is this a slice or a part of the inventory? This is the "
+                    "first run, and it would leave all traffic with these nodes in clear" % named),
+            remedy="run it on all nodes first (no --limit, job_slice_count 1; hosts with other names need mesh_node_name), run it together "
+                   "with a node that is in the mesh already, or name the nodes in mesh_exclude_nodes"))
     for host in missing.get("hosts_without_node") or []:
         close = ", most likely it is %s" % suggestions[host] if host in suggestions else ""
         found.append(dict(
             finding("error", "host %s: the cluster has no node of this name%s" % (host, close)),
             remedy="set mesh_node_name of this host to the name of its Node object, or leave the host out of the run"))
-    for node in missing.get("not_in_inventory") or []:
+    for node in sorted(set(missing.get("not_in_inventory") or []) - set(unknown)):
         found.append(dict(
             finding("warning", "node %s: no host of the inventory is this node, so what it sends and gets stays in clear" % node),
             remedy="add it to the inventory, set mesh_node_name of its host, or name it in mesh_exclude_nodes"))
     return found
+
+
+def probe_method(hosts, hostvars):
+    """How tunnels can be proven: ``auto``, or ``handshake`` where a node has no IPv6 at all and can answer no echo."""
+    without = any((hostvars[host].get("__mesh_before") or {}).get("ipv6") is False for host in hosts)
+    return "handshake" if without else "auto"
 
 
 def finding(level, text):
@@ -258,6 +306,7 @@ class FilterModule:
         return untrusted_results({
             "batches": batches,
             "batch_problems": batch_problems,
+            "probe_method": probe_method,
             "progress": progress,
             "all_findings": all_findings,
             "silent_nodes": silent_nodes,

@@ -136,9 +136,13 @@ def base_findings(facts, settings):
         if wants:
             yield error("ipv6", "IPv6 %s, but this node has the prefix or address %s" % (how, wants[0]),
                         "enable IPv6 (sysctl net.ipv6.conf.all.disable_ipv6=0, no ipv6.disable=1 at boot)", wants[0])
+        elif facts["ipv6"] == "off":
+            yield finding("warning", "ipv6", node, "IPv6 %s, so it is switched on for the mesh devices, and for these only" % how,
+                          "nothing has to be done: the probes use link-local addresses there", facts["ipv6"])
         else:
-            yield finding("warning", "ipv6", node, "IPv6 %s, so the tunnels can only be judged by their handshakes" % how,
-                          "enable IPv6, if only on the mesh devices: the probes use link-local addresses", facts["ipv6"])
+            yield finding("warning", "ipv6", node, "IPv6 %s, so all tunnels of the cluster can only be judged by their handshakes, and not "
+                          "whether packets of full size get through" % how,
+                          "boot without ipv6.disable=1: IPv6 is needed on the mesh devices only", facts["ipv6"])
 
 
 def wireguard_findings(facts, settings):

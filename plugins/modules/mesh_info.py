@@ -131,6 +131,11 @@ encrypts:
   returned: always
   type: str
   sample: pods
+ipv6:
+  description: Whether the kernel of this node has IPv6. Without it, the node answers no echo, and tunnels can be judged by handshakes only.
+  returned: always
+  type: bool
+  sample: true
 guard:
   description: Strict mode on this node.
   returned: always
@@ -341,6 +346,7 @@ def look(params, system):
              "listen_port": item["state"]["listen_port"] if item["state"] else None,
              "fwmark": item["state"]["fwmark"] if item["state"] else None} for item in there],
         "rule_fwmark": next((rule["not_fwmark"] for rule in routes["rules"] if rule["not_fwmark"]), None),
+        "ipv6": live_device.has_ipv6(),
         "guard": guard,
         "sending": bool(routes["rules"]),
         "encrypts": encrypts(routes),

@@ -204,8 +204,9 @@ def test_all_findings():
     finding = {"level": "error", "check": "port", "node": "a", "value": "", "message": "taken", "remedy": "stop it"}
     hostvars = {"ha": {"__mesh_local": {"findings": [finding]}, "__mesh_between": {"findings": [dict(finding, check="mtu")]},
                        "__mesh_computed": {"warnings": ["something is odd; look there"], "missing": {
-                           "hosts_without_node": ["ha"], "suggestions": {"ha": "a.example"}, "not_in_inventory": ["ghost"]}}},
+                           "hosts_without_node": ["ha"], "without_key": ["ghost"], "suggestions": {"ha": "a.example"}, "not_in_inventory": ["ghost"]}}},
                 "hb": {}}
+    hostvars["ha"]["__mesh_computed"]["previous_serial"] = 3
     found = FILTERS["all_findings"](["ha", "hb"], hostvars)
     assert [(item["level"], item["check"]) for item in found] == [
         ("error", "port"), ("error", "mtu"), ("warning", "node list"), ("error", "node list"), ("warning", "node list")]
@@ -220,6 +221,55 @@ def test_all_findings():
 def test_findings_of_a_node_list_that_failed(failed, messages):
     found = FILTERS["all_findings"](["a"], {"a": {"__mesh_membership_failed": failed}})
     assert [item["message"] for item in found] == messages and {item["level"] for item in found} == {"error"}
+
+
+def test_findings_of_hosts_that_are_gone():
+    """A failed task that runs once takes all hosts out of the play; what they said before counts all the same."""
+    finding = {"level": "error", "check": "port", "node": "b", "value": "", "message": "taken", "remedy": "stop it"}
+    there = {"__mesh_before": {"exists": False}, "__mesh_computed": {"members": [], "missing": {}}}
+    hostvars = {"a": there, "b": {"__mesh_local": {"findings": [finding]}, "__mesh_before": {"exists": True}},
+                "c": {"__mesh_before": {"unreachable": True, "msg": "no route"}}, "d": {}}
+    found = FILTERS["all_findings"](list(hostvars), hostvars)
+    assert [item["message"] for item in found] == [
+        "taken", "host c could not be reached, or failed before", "host d could not be reached, or failed before"]
+    assert [item["level"] for item in found[1:]] == ["warning"] * 2
+
+
+@pytest.mark.parametrize("computed,message,remedy", [
+    (None, "there is no node list", "mesh_kubectl_host"),
+    ({"unreachable": True, "msg": "Connection refused"}, "could not be reached: Connection refused", "mesh_kubectl_host"),
+    ({"failed": True, "msg": "no source; give one"}, "no source", "give one"),
+    ({"failed": True, "problems": ["a CIDR is wrong; mend it"], "msg": "x"}, "a CIDR is wrong", "mend it")])
+def test_a_node_list_that_is_not_there_is_an_error(computed, message, remedy):
+    """Also when the host that was asked could not be reached, and nothing failed that could have been noted."""
+    hostvars = {"a": {"__mesh_local": {"findings": []}, "__mesh_computed": computed}, "b": {}}
+    found = FILTERS["all_findings"](["a", "b"], hostvars)
+    assert [item["level"] for item in found] == ["error"] and message in found[0]["message"] and remedy in found[0]["remedy"]
+
+
+def findings_about(previous_serial, exempt=(), **missing):
+    hostvars = {"a": {"__mesh_computed": {"previous_serial": previous_serial, "members": [], "missing": missing}}}
+    return FILTERS["all_findings"](["a"], hostvars, list(exempt))
+
+
+def test_a_slice_does_not_make_a_mesh_of_its_own():
+    """Each slice of a new cluster would end well, and half of the mesh would be in clear."""
+    outside = {"without_key": ["w2", "w3"], "not_in_inventory": ["w2"], "not_in_play": ["w3"]}
+    found = findings_about(None, **outside)
+    assert [item["level"] for item in found] == ["error"]
+    assert found[0]["message"].startswith("w2, w3: not part of this run, and no key of it is known: is this a slice")
+    assert "mesh_exclude_nodes" in found[0]["remedy"]
+    assert [item["level"] for item in findings_about(None, exempt=["w2", "w3"], **outside)] == ["warning"]
+    assert [item["level"] for item in findings_about(4, **outside)] == ["warning"], "a partial run on a mesh that is there"
+    many = findings_about(None, without_key=["n%03d" % number for number in range(5000)])
+    assert len(many) == 1 and "and 4990 more" in many[0]["message"]
+
+
+def test_how_tunnels_can_be_proven():
+    """A node without IPv6 answers no echo, whoever asks."""
+    hostvars = {"a": {"__mesh_before": {"ipv6": True}}, "b": {"__mesh_before": {"ipv6": False}}, "c": {"__mesh_before": None}, "d": {}}
+    assert FILTERS["probe_method"](["a", "c", "d"], hostvars) == "auto"
+    assert FILTERS["probe_method"](["a", "b"], hostvars) == "handshake"
 
 
 def test_unknown_variables():

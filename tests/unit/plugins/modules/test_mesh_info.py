@@ -106,6 +106,12 @@ def test_which_document_and_which_generations(host, run):
     assert result["encrypts"] == "pods"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_whether_the_node_has_ipv6(host, run, monkeypatch, there):
+    monkeypatch.setattr(_interface, "has_ipv6", lambda: there)
+    assert run()["ipv6"] is there
+
+
 def test_port_and_mark_that_are_in_use(host, run):
     assert run()["rule_fwmark"] is None, "only between nodes is the mark of any use"
     host.node.change_rules([{"op": "add_rule", "rule": {
