@@ -154,6 +154,17 @@ def counts(rows):
     return found
 
 
+def loose_devices(text):
+    """Names of the devices for which a sysctl.d file of ours asks for loose reverse-path filtering (value 2)."""
+    found = []
+    for line in (text or "").splitlines():
+        name, separator, value = line.lstrip("-").partition("=")
+        parts = name.strip().split("/")
+        if separator and value.strip() == "2" and len(parts) == 5 and parts[:3] == ["net", "ipv4", "conf"] and parts[4] == "rp_filter":
+            found.append(parts[3])
+    return found
+
+
 # --- for people --------------------------------------------------------------------------------------------------------------------------
 
 def age_text(seconds):

@@ -244,14 +244,17 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import guard_status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, node_entry
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import paths_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE, paths_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document, read_sysctl, read_text
 
 
 def loose_filter_warnings(interface):
     """What reverse-path filtering would drop while a switch is made; the larger of ``all`` and the device's value counts."""
-    common = int(read_sysctl("net/ipv4/conf/all/rp_filter") or 0)
-    own = int(read_sysctl("net/ipv4/conf/%s/rp_filter" % interface) or 0)
+    own = read_sysctl("net/ipv4/conf/%s/rp_filter" % interface)
+    common = read_sysctl("net/ipv4/conf/all/rp_filter")
+    if own is None:
+        return []  # an underlay device that is there no more
+    common, own = int(common or 0), int(own or 0)
     if max(common, own) == 1:
         return ["rp_filter is strict on %s: answers that take another way are dropped; run the playbook enable" % interface]
     return []
@@ -318,7 +321,11 @@ def look(params, system):
             if item["link"] is not None:
                 if not item["link"]["up"]:
                     warnings.append("device %s is down; run the playbook enable" % item["name"])
-                warnings += loose_filter_warnings(item["name"])
+        ours = [item["name"] for item in found if item["link"] is not None]
+        # The underlay devices as well: outer packets come in there. The file that the mesh wrote knows which they are.
+        underlay = [name for name in _status.loose_devices(read_text(SYSCTL_FILE)) if name not in generations_of(params["interface"])]
+        for name in ours + underlay:
+            warnings += loose_filter_warnings(name)
     guard = guard_status(system)
     if guard["reason"]:
         warnings.append("strict mode: %s; run the playbook enable" % guard["reason"])

@@ -204,7 +204,8 @@ def test_all_findings():
     finding = {"level": "error", "check": "port", "node": "a", "value": "", "message": "taken", "remedy": "stop it"}
     hostvars = {"ha": {"__mesh_local": {"findings": [finding]}, "__mesh_between": {"findings": [dict(finding, check="mtu")]},
                        "__mesh_computed": {"warnings": ["something is odd; look there"], "missing": {
-                           "hosts_without_node": ["ha"], "without_key": ["ghost"], "suggestions": {"ha": "a.example"}, "not_in_inventory": ["ghost"]}}},
+                           "hosts_without_node": ["ha"], "without_key": ["ghost"], "suggestions": {"ha": "a.example"},
+                           "not_in_inventory": ["ghost"]}}},
                 "hb": {}}
     hostvars["ha"]["__mesh_computed"]["previous_serial"] = 3
     found = FILTERS["all_findings"](["ha", "hb"], hostvars)

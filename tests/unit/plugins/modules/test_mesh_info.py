@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface, _mesh, _routes_plan, _system
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface, _mesh, _persist, _routes_plan, _system
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 from ansible_collections.kubemesh.wireguard.plugins.modules import mesh_info
 from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.node_fakes import Files, Node, WireGuard, instead_of_the_kernel
@@ -101,8 +101,8 @@ def test_which_document_and_which_generations(host, run):
     assert result["document"] == {
         "serial": 1, "generation": 0, "ports": {"0": 51840, "1": 51841}, "sha256": _mesh.document_sha256(host.doc)}
     assert result["generations"] == [
-        {"generation": 0, "name": "wgmesh0", "device": True, "key": False, "key_age": None, "preshared_keys": False, "boot": False, "routes": 4,
-         "listen_port": 51840, "fwmark": 4096}]
+        {"generation": 0, "name": "wgmesh0", "device": True, "key": False, "key_age": None, "preshared_keys": False, "boot": False,
+         "routes": 4, "listen_port": 51840, "fwmark": 4096}]
     assert result["encrypts"] == "pods"
 
 
@@ -184,6 +184,19 @@ def test_reverse_path_filtering(host, run, common, own, strict):
     """The larger of the two values counts."""
     host.files.sysctls.update({"net/ipv4/conf/all/rp_filter": common, "net/ipv4/conf/wgmesh0/rp_filter": own})
     assert bool(run()["warnings_of_mesh"]) == strict
+
+
+def test_reverse_path_filtering_of_the_underlay(host, run):
+    """Something set it back on the device that the outer packets come in through."""
+    host.node.add_link("bond0.7")
+    del host.node.changes[:]
+    host.files.content["/etc/sysctl.d/99-zz-kubemesh.conf"] = (_persist.sysctl_text({
+        "net/ipv4/conf/wgmesh0/rp_filter": "2", "net/ipv4/conf/bond0.7/rp_filter": "2", "net/ipv4/conf/gone/rp_filter": "2",
+        "net/ipv6/conf/wgmesh0/disable_ipv6": "0"}), 0o644)
+    host.files.sysctls.update({"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/bond0.7/rp_filter": "2"})
+    assert run()["warnings_of_mesh"] == []
+    host.files.sysctls["net/ipv4/conf/bond0.7/rp_filter"] = "0"
+    assert [text.split(":")[0] for text in run()["warnings_of_mesh"]] == ["rp_filter is strict on bond0.7"]
 
 
 def test_a_node_without_mesh(host, run):
