@@ -76,11 +76,11 @@ author:
 EXAMPLES = r"""
 - name: Every node has a key pair
   kubemesh.wireguard.keypair:
-  register: mesh_keypair
+  register: own_keys
 
 - name: Show the public key
   ansible.builtin.debug:
-    var: mesh_keypair.public_key
+    var: own_keys.public_key
 
 - name: The key pair of the second generation, for a rotation
   kubemesh.wireguard.keypair:

@@ -201,20 +201,20 @@ EXAMPLES = r"""
   kubemesh.wireguard.preflight:
     node: "{{ inventory_hostname }}"
     listen: start
-    nonce: "{{ mesh_nonce }}"
-  register: mesh_local
+    nonce: "{{ run_nonce }}"
+  register: looked
 
 - name: Look at what lies between them
   kubemesh.wireguard.preflight:
     node: "{{ inventory_hostname }}"
     local_checks: false
-    nonce: "{{ mesh_nonce }}"
+    nonce: "{{ run_nonce }}"
     targets:
       - name: worker-1
         address: 198.18.0.11
       - name: worker-2
         address: 198.18.0.12
-  register: mesh_between
+  register: measured
 
 - name: End the responders
   kubemesh.wireguard.preflight:
@@ -226,7 +226,7 @@ EXAMPLES = r"""
   ansible.builtin.debug:
     msg: "{{ findings | kubemesh.wireguard.findings_table }}"
   vars:
-    findings: "{{ ansible_play_hosts | map('extract', hostvars) | map(attribute='mesh_local.findings') | flatten }}"
+    findings: "{{ ansible_play_hosts | map('extract', hostvars) | map(attribute='looked.findings') | flatten }}"
   run_once: true
 """
 
