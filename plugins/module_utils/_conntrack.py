@@ -97,7 +97,9 @@ IP_CT_TCP_FLAG_BE_LIBERAL = 0x08
 # What was negotiated, and who began to close. The other flags speak of sequence numbers that the new entry does not know: with MAXACK_SET
 # and no highest acknowledgement, half of all valid resets are judged invalid.
 TCP_FLAGS_CARRIED = IP_CT_TCP_FLAG_WINDOW_SCALE | IP_CT_TCP_FLAG_SACK_PERM | IP_CT_TCP_FLAG_CLOSE_INIT
-TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE = 7, 8
+TCP_CONNTRACK_ESTABLISHED, TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE = 3, 7, 8
+# SYN_SENT, SYN_RECV, SYN_SENT2
+TCP_CONNTRACK_OPENING = (1, 2, 9)
 
 IPS_SEEN_REPLY = 0x2
 IPS_ASSURED = 0x4
@@ -300,7 +302,7 @@ def create_attributes(connection):
         flags = [struct.pack("BB", number, TCP_FLAGS_CARRIED | IP_CT_TCP_FLAG_BE_LIBERAL) for number in kept]
         parts.append(nested(CTA_PROTOINFO, nested(
             CTA_PROTOINFO_TCP,
-            attribute(CTA_PROTOINFO_TCP_STATE, struct.pack("B", tcp["state"])),
+            attribute(CTA_PROTOINFO_TCP_STATE, struct.pack("B", carried_state(tcp["state"]))),
             attribute(CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, struct.pack("B", tcp["wscale"][0])),
             attribute(CTA_PROTOINFO_TCP_WSCALE_REPLY, struct.pack("B", tcp["wscale"][1])),
             attribute(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, flags[0]),
@@ -309,6 +311,16 @@ def create_attributes(connection):
         parts.append(attribute(CTA_PROTOINFO | NLA_F_NESTED, connection["protoinfo"]))
     parts += [attribute(kind | NLA_F_NESTED, payload) for kind, payload in sorted(connection["as_is"].items())]
     return b"".join(parts)
+
+
+def carried_state(state):
+    """The state of TCP in which a connection is made anew.
+
+    One that is being opened is taken as established: its next packet may have come since it was read, and an answer that was missed would
+    make everything after it invalid (``tcp_conntracks`` in nf_conntrack_proto_tcp.c: ACK in SYN_SENT is sIV, SYN/ACK in ESTABLISHED is let
+    through). Its time-out stays that of an opening until a packet comes.
+    """
+    return TCP_CONNTRACK_ESTABLISHED if state in TCP_CONNTRACK_OPENING else state
 
 
 def encode_nat(kind, address, port):

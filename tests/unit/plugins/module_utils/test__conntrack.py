@@ -227,6 +227,15 @@ def test_what_is_carried_and_what_not_of_tcp():
     assert (made[4], made[5]) == (b"\x0f\x0f", b"\x0b\x0f")
 
 
+@pytest.mark.parametrize("state,made", [(1, 3), (2, 3), (9, 3), (3, 3), (4, 4), (5, 5), (6, 6)])
+def test_a_connection_that_is_being_opened(state, made):
+    """Its answer may be on the way: in the state of opening, what comes after an answer that was missed would be invalid."""
+    assert ct.carried_state(state) == made
+    entry = next(entry for dummy, entry, dummy2 in recorded() if entry["tcp"])
+    parts = attributes(ct.create_attributes(dict(entry, tcp=dict(entry["tcp"], state=state))))
+    assert attributes(attributes(parts[ct.CTA_PROTOINFO])[ct.CTA_PROTOINFO_TCP])[ct.CTA_PROTOINFO_TCP_STATE] == bytes([made])
+
+
 def test_time_outs():
     def made(timeout):
         return struct.unpack("!I", attributes(ct.create_attributes(dict(one("udp"), timeout=timeout)))[ct.CTA_TIMEOUT])[0]
