@@ -286,7 +286,11 @@ def create_attributes(connection):
         parts.append(encode_nat(CTA_NAT_DST, reply["src"], reply["ports"][0] if "ports" in reply else None))
     source_port = reply["ports"][1] if "ports" in reply else (reply["icmp"][0] if "icmp" in reply else None)
     parts.append(encode_nat(CTA_NAT_SRC, reply["dst"], source_port))
-    parts.append(attribute(CTA_STATUS, struct.pack("!I", connection["status"] & IPS_CARRIED | IPS_CONFIRMED)))
+    status = connection["status"] & IPS_CARRIED | IPS_CONFIRMED
+    if connection["tcp"] is not None and connection["tcp"]["state"] in TCP_CONNTRACK_OPENING:
+        # An established one has been answered, or its next packet would count as a new connection that does not begin with SYN.
+        status |= IPS_SEEN_REPLY
+    parts.append(attribute(CTA_STATUS, struct.pack("!I", status)))
     # At least as long as a switch may take: an entry that is about to time out must not do so between two passes.
     parts.append(attribute(CTA_TIMEOUT, struct.pack("!I", max(connection["timeout"], 30))))
     if connection["mark"]:

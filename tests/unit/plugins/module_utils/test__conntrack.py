@@ -232,7 +232,8 @@ def test_a_connection_that_is_being_opened(state, made):
     """Its answer may be on the way: in the state of opening, what comes after an answer that was missed would be invalid."""
     assert ct.carried_state(state) == made
     entry = next(entry for dummy, entry, dummy2 in recorded() if entry["tcp"])
-    parts = attributes(ct.create_attributes(dict(entry, tcp=dict(entry["tcp"], state=state))))
+    parts = attributes(ct.create_attributes(dict(entry, status=ct.IPS_CONFIRMED, tcp=dict(entry["tcp"], state=state))))
+    assert bool(struct.unpack("!I", parts[ct.CTA_STATUS])[0] & ct.IPS_SEEN_REPLY) == (made != state)
     assert attributes(attributes(parts[ct.CTA_PROTOINFO])[ct.CTA_PROTOINFO_TCP])[ct.CTA_PROTOINFO_TCP_STATE] == bytes([made])
 
 
