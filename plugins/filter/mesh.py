@@ -37,8 +37,13 @@ def progress(done, total, batch, hostvars, started, now):
 def mesh_table(hosts, hostvars, variable):
     """Lines of text for people, from what ``mesh_info`` left in a variable of each host."""
     infos = []
+    computed = _first_value(hosts, hostvars, "__mesh_computed", lambda value: "excluded" in value)
     for host in hosts:
-        info = hostvars[host].get(variable) or {"msg": "not reached"}
+        info = hostvars[host].get(variable)
+        if not info:
+            # A host that is left out ends before it is looked at. Its name was noted before that.
+            reason = (computed.get("excluded") or {}).get(hostvars[host].get("__mesh_name", host))
+            info = {"msg": "not reached" if reason is None else "excluded: %s" % reason}
         infos.append(dict(info, node=info.get("node") or host))
     return _status.mesh_table(infos)
 

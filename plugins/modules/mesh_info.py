@@ -318,9 +318,8 @@ def look(params, system):
         if shown["link"] is None:
             warnings.append("device %s is missing; run the playbook enable" % shown["name"])
         for item in found:
-            if item["link"] is not None:
-                if not item["link"]["up"]:
-                    warnings.append("device %s is down; run the playbook enable" % item["name"])
+            if item["link"] is not None and not item["link"]["up"]:
+                warnings.append("device %s is down; run the playbook enable" % item["name"])
         ours = [item["name"] for item in found if item["link"] is not None]
         # The underlay devices as well: outer packets come in there. The file that the mesh wrote knows which they are.
         underlay = [name for name in _status.loose_devices(read_text(SYSCTL_FILE)) if name not in generations_of(params["interface"])]

@@ -134,6 +134,14 @@ def test_mesh_table():
     assert "__mesh" not in hostvars["w1"]["__info"] and hostvars["w1"]["__info"]["node"] == "worker-1"
 
 
+def test_mesh_table_names_who_was_left_out():
+    hostvars = {"w1": {"__info": {"failed": True, "msg": "no ip"}},
+                "w2": {"__mesh_name": "worker-2", "__mesh_computed": {"excluded": {"worker-2": "runs Windows"}}},
+                "w3": {"__mesh_name": "worker-3"}, "w4": {}}
+    assert FILTERS["mesh_table"](list(hostvars), hostvars, "__info")[::2] == [
+        "w1: no ip", "w2: excluded: runs Windows", "w3: not reached", "w4: not reached"]
+
+
 # --- membership --------------------------------------------------------------------------------------------------------------------------
 
 COMPUTED = {"source": "kubectl", "source_reason": "asked for", "serial": 7, "counts": {"pending": 1, "member": 3, "excluded": 0},
