@@ -200,9 +200,13 @@ def data_path_findings(facts, settings):
             "name the prefixes that its pods really use (mesh_pod_cidrs, mesh_pod_cidrs_query), or let the CNI use those of the Node "
             "object: peers drop packets from other addresses", outside[0]["prefix"])
     elif "calico-ipam" in facts["cni"]["ipams"]:
-        yield finding("warning", "pod CIDRs", node, "Calico's IPAM gives pods addresses from blocks of its own, whatever the Node object "
-                      "says",
-                      "use host-local IPAM (subnet: usePodCidr), or name the blocks in mesh_pod_cidrs; what goes beyond them is lost",
+        # A pool for each node, named in mesh_pod_cidrs, is the one way in which this can go well; then the blocks seen lie inside.
+        inside = bool(facts["pod_routes"] and settings["pod_cidrs"])
+        yield finding("warning" if inside else "error", "pod CIDRs", node, "Calico's IPAM gives pods addresses from blocks that come and go, "
+                      "whatever the Node object says%s: peers drop packets of pods outside of the pod CIDRs of the mesh" % (
+                          "; those in use now are in the pod CIDRs" if inside else ""),
+                      "use Calico's own WireGuard (wireguardEnabled: true in the FelixConfiguration), which follows the blocks; or host-local "
+                      "IPAM with the pod CIDRs of the nodes (subnet: usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs",
                       "calico-ipam")
 
 

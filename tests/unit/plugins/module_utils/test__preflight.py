@@ -144,8 +144,12 @@ CASES = [
     ("aws", {"links": [link("eni12ab34cd")], "pod_routes": [{"prefix": "192.168.3.7/32", "device": "eni12ab34cd"}]}, {},
      [("warning", "data path")], "VPC"),
     ("calico iptables", {"links": [link("cali123abc"), link("tunl0", "ipip")], "pod_routes": []}, {}, [], ""),
-    ("calico ipam", {"cni": {"types": ["calico"], "ipams": ["calico-ipam"]}, "pod_routes": []}, {}, [("warning", "pod CIDRs")],
+    ("calico ipam", {"cni": {"types": ["calico"], "ipams": ["calico-ipam"]}, "pod_routes": []}, {}, [("error", "pod CIDRs")],
      "usePodCidr"),
+    ("calico ipam, no pod CIDR", {"cni": {"types": ["calico"], "ipams": ["calico-ipam"]}}, {"pod_cidrs": []}, [("error", "pod CIDRs")],
+     "usePodCidr"),
+    ("calico ipam, a pool of its own", {"cni": {"types": ["calico"], "ipams": ["calico-ipam"]}, "pod_routes": [
+        {"prefix": "10.244.1.64/26", "device": "a blackhole route"}]}, {}, [("warning", "pod CIDRs")], "those in use now are in"),
     ("calico block elsewhere", {"pod_routes": [{"prefix": "10.244.166.128/26", "device": "a blackhole route"}]}, {},
      [("error", "pod CIDRs")], "not in its pod CIDRs 10.244.1.0/24: 10.244.166.128/26 (a blackhole route)"),
     ("borrowed address", {"pod_routes": [{"prefix": "10.244.9.9/32", "device": "cali1"}]}, {}, [("error", "pod CIDRs")],
