@@ -202,12 +202,12 @@ def data_path_findings(facts, settings):
     elif "calico-ipam" in facts["cni"]["ipams"]:
         # A pool for each node, named in mesh_pod_cidrs, is the one way in which this can go well; then the blocks seen lie inside.
         inside = bool(facts["pod_routes"] and settings["pod_cidrs"])
-        yield finding("warning" if inside else "error", "pod CIDRs", node, "Calico's IPAM gives pods addresses from blocks that come and go, "
-                      "whatever the Node object says%s: peers drop packets of pods outside of the pod CIDRs of the mesh" % (
-                          "; those in use now are in the pod CIDRs" if inside else ""),
-                      "use Calico's own WireGuard (wireguardEnabled: true in the FelixConfiguration), which follows the blocks; or host-local "
-                      "IPAM with the pod CIDRs of the nodes (subnet: usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs",
-                      "calico-ipam")
+        yield finding(
+            "warning" if inside else "error", "pod CIDRs", node,
+            "Calico's IPAM gives pods addresses from blocks that come and go, whatever the Node object says%s: peers drop packets of pods "
+            "outside of the pod CIDRs of the mesh" % ("; those in use now are in the pod CIDRs" if inside else ""),
+            "use Calico's own WireGuard (wireguardEnabled: true in the FelixConfiguration), which follows the blocks; or host-local IPAM "
+            "with the pod CIDRs of the nodes (subnet: usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs", "calico-ipam")
 
 
 def pods_outside(pod_routes, pod_cidrs):
