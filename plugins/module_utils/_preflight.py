@@ -158,7 +158,7 @@ def wireguard_findings(facts, settings):
             yield finding("warning", "wireguard", node, "the kernel has no WireGuard, so %s is used, which is slower" % found["userspace"],
                           _kernel_remedy(facts), found["userspace"])
         return
-    message = "the kernel %s cannot create a WireGuard device (%s)" % (facts["kernel"], found["error"] or "unknown device type")
+    message = "the kernel %s cannot create a WireGuard device" % facts["kernel"]
     if wanted == "userspace":
         message = "mesh_implementation is userspace, and there is none here"
     elif wanted == "auto":

@@ -57,7 +57,7 @@ def read_facts(system, settings):
         "foreign_files": foreign_files(settings["interface"]),
         "readonly": [path for path in ("/etc", "/run") if not os.access(path, os.W_OK)],
         "cni": cni_configuration(),
-        "wireguard": {"kernel": False, "error": "", "userspace": "", "tun": os.path.exists("/dev/net/tun")},
+        "wireguard": {"kernel": False, "userspace": "", "tun": os.path.exists("/dev/net/tun")},
         "links": [], "addresses": [], "rules": [], "routes": {}, "pod_routes": [], "wg_devices": {}, "udp": [], "marks": [],
     }
     facts["tools"]["ip_json"] = _has_ip_json(system)
@@ -89,13 +89,8 @@ def _ipv6():
 
 def _wireguard(system):
     """Whether a device can be made here, and by what."""
-    found = {"kernel": kernel_has_wireguard(system), "error": "",
-             "userspace": next((path for path in map(system.path, USERSPACE_COMMANDS) if path), "")}
-    if not found["kernel"]:
-        # the same attempt again, for what the kernel says
-        dummy, dummy2, error = system.try_run(["ip", "link", "add", "dev", "kmpf0", "type", "wireguard"])
-        found["error"] = error.strip()
-    return found
+    return {"kernel": kernel_has_wireguard(system),
+            "userspace": next((path for path in map(system.path, USERSPACE_COMMANDS) if path), "")}
 
 
 def _wg_devices(system):
