@@ -159,7 +159,8 @@ class ActionModule(ActionBase):
                 "complete": complete, "why_incomplete": why_incomplete, "port": args["port"], "generations": args["generations"],
                 "generation": args["current_generation"],
                 "forget_nodes": args["forget_nodes"], "exclude_nodes": args["exclude_nodes"], "service_cidrs": args["service_cidrs"],
-                "expect_new_keys": args["expect_new_keys"], "settings": settings, "problems": problems})
+                "expect_new_keys": args["expect_new_keys"], "settings": settings, "problems": problems,
+                "awaited": self._awaited(settings, play_hosts)})
         warnings.extend(more)
         expected = sorted(play_hosts & set(hosts)) or args["hosts"] or []
         missing = mismatches(document, settings, expected, play_hosts, ansible_hosts)
@@ -178,6 +179,12 @@ class ActionModule(ActionBase):
         unresolved = [variable for variable in own.pop("unresolved", []) if variable != "ansible_host"]
         own.pop("ansible_host", None)
         return dict(own, unresolved=unresolved) if unresolved else own
+
+    @staticmethod
+    def _awaited(settings, play_hosts):
+        """Nodes that are part of this play, before any node of it has reported a key; afterwards, who has not will not."""
+        here = {name: own for name, own in settings.items() if own["host"] in play_hosts}
+        return () if any(own["public_keys"] for own in here.values()) else frozenset(here)
 
     @staticmethod
     def _unknown_hosts(args, groups):

@@ -657,9 +657,22 @@ def _entry(candidate, own, keys, previous, options, problems, warnings):
     entry["endpoints"] = _document_endpoints(candidate, own, previous, addresses)
     entry["public_keys"] = _merge_keys(name, keys, candidate["annotation_keys"],
                                        previous["public_keys"] if previous is not None else {}, options, warnings)
+    if entry["public_keys"] and not keys and not candidate["annotation_keys"] and _added_again(candidate, previous):
+        # It may be the same machine that registered anew, so what is configured stays (I4). The uid stays that of the node that the key is
+        # known to be of, so that this is told until it reports a key.
+        entry["uid"] = previous["uid"]
+        if name not in options["awaited"]:
+            warnings.append("node %s: was deleted and added again since the last mesh document, and reported no key in this run: its old key"
+                            " stays. If it was installed anew, what others send to it through the mesh is lost; run the playbook on it as"
+                            " well, or name it in exclude_nodes" % name)
     entry["probe_addresses"] = {generation: probe_address(key) for generation, key in entry["public_keys"].items()}
     entry["state"], entry["reason"] = _state(entry)
     return entry
+
+
+def _added_again(candidate, previous):
+    """Whether this is another Node object than the one of the last document."""
+    return previous is not None and bool(candidate["uid"] and previous["uid"]) and candidate["uid"] != previous["uid"]
 
 
 _OPTION_DEFAULTS = {
@@ -673,6 +686,7 @@ _OPTION_DEFAULTS = {
     "service_cidrs": (),
     "expect_new_keys": False,
     "settings": {},          # settings_of_hosts
+    "awaited": (),           # nodes that will report a key later in this run
     "problems": (),          # found on the way here, reported with all others
 }
 

@@ -217,6 +217,30 @@ class TestDocument:
         second = run({"nodes_file": NODES_FILE, "previous": [dest]}, inventory, play_hosts=["box-2"])
         assert second["missing"]["without_key"] == ["cp-1", "worker-1"] and second["previous_serial"] == 1
 
+    def test_who_is_awaited(self, run, tmp_path):
+        """Before the keys are made, nodes of this play are not asked where their keys are; afterwards they are."""
+        dest = str(tmp_path / "mesh.json")
+        run({"nodes_file": NODES_FILE, "dest": dest}, INVENTORY)
+        with open(NODES_FILE, encoding="utf-8") as handle:
+            listing = json.load(handle)
+        for item in listing["items"]:
+            if item["metadata"]["name"] in ("worker-1", "worker-2"):
+                item["metadata"]["uid"] = "new"
+        saved = tmp_path / "again.json"
+        saved.write_text(json.dumps(listing))
+        inventory = json.loads(json.dumps(INVENTORY))
+        hosts = inventory["k8s_cluster"]["hosts"]
+        for host in hosts.values():
+            del host["mesh_node_facts"]
+
+        def told():
+            found = run({"nodes_file": str(saved), "previous": [dest]}, inventory, play_hosts=["cp-1", "worker-1"])["warnings"]
+            return [name for name in ("worker-1", "worker-2") if any("node %s: was deleted" % name in text for text in found)]
+
+        assert told() == ["worker-2"]
+        hosts["cp-1"]["mesh_node_facts"] = facts(1)
+        assert told() == ["worker-1", "worker-2"], "it could not be reached, for example"
+
     def test_an_inventory_with_two_clusters(self, run):
         """What the role gives as hosts is one cluster; the other one has nodes, keys and a control plane of the same names."""
         inventory = {

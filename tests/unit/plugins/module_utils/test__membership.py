@@ -615,7 +615,7 @@ class TestMembership:
         assert entry["endpoints"] == {"ipv4": {"address": "198.18.0.9", "port": None}}
         # a new Node object of the same name has CIDRs of its own; the same object cannot have other ones
         new = candidates(node(1, uid="new", cidrs=["10.244.9.0/24"]))
-        assert built(new, {}, previous, settings={})["nodes"]["worker-1"]["pod_cidrs"] == ["10.244.9.0/24"]
+        assert build(new, {}, previous, settings={})[0]["nodes"]["worker-1"]["pod_cidrs"] == ["10.244.9.0/24"]
 
     def test_measured_mtu_stays_while_host_is_away(self):
         previous = built(cluster(1), keys(1), settings=settings_of(worker_1={"mesh_node_facts": {"mtu": 1420}}))
@@ -626,6 +626,21 @@ class TestMembership:
         assert "node worker-1, mtu: 1200 is below 1280" in problems_of(cluster(1), keys(1), settings=small)[0]
         only_v4 = candidates(node(1, addresses=["198.18.0.1"], cidrs=["10.244.1.0/24"]))
         assert built(only_v4, keys(1), settings=small)["nodes"]["worker-1"]["mtu"] == 1200
+
+    def test_old_key_of_a_node_that_was_added_again(self):
+        """The same machine may have registered anew, so its key stays; but nobody knows, so it is told until the node reports a key."""
+        first = built(cluster(1, 2), keys(1, 2))
+        again = candidates(node(1), node(2, uid="new"))
+        second, warnings = build(again, keys(1), first)
+        assert second["nodes"]["worker-2"]["public_keys"] == {"0": key(2)}
+        assert len(warnings) == 1 and "node worker-2: was deleted and added again" in warnings[0] and "exclude_nodes" in warnings[0]
+        assert build(again, keys(1), second)[1] == warnings, "not only once"
+        assert built(again, {}, first, awaited={"worker-1", "worker-2"})["nodes"]["worker-2"]["public_keys"], "it is about to report"
+        third = built(again, keys(1, 2), second)
+        assert third["nodes"]["worker-2"]["uid"] == "new"
+        assert built(again, keys(1), third) == third
+        published = candidates(node(1), node(2, uid="new", annotations={"kubemesh.wireguard/public-key-0": key(2)}))
+        assert built(published, keys(1), first)["nodes"]["worker-2"]["uid"] == "new", "the new Node object has the key"
 
     def test_inventory_without_uid_keeps_the_uid(self):
         previous = built(cluster(1), keys(1))
