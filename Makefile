@@ -19,7 +19,7 @@ demo: ## Build a throw-away cluster, encrypt it, show that nothing was lost and 
 demo-down: ## Remove all of it
 	@$(RUN) demo down
 
-test: ## Every check there is (under 30 minutes on 2 cores)
+test: ## What fits into 30 minutes on 2 cores, fast checks first; it names what it leaves out
 	@$(RUN) gate all
 
 check: ## The fast checks that need no root: linters, documentation, unit tests
