@@ -662,9 +662,9 @@ def _entry(candidate, own, keys, previous, options, problems, warnings):
         # known to be of, so that this is told until it reports a key.
         entry["uid"] = previous["uid"]
         if name not in options["awaited"]:
-            warnings.append("node %s: was deleted and added again since the last mesh document, and reported no key in this run: its old key"
-                            " stays. If it was installed anew, what others send to it through the mesh is lost; run the playbook on it as"
-                            " well, or name it in exclude_nodes" % name)
+            warnings.append("node %s: was deleted and added again since the last mesh document, and reported no key in this run: its old"
+                            " key stays. If it was installed anew, what others send to it through the mesh is lost; run the playbook on it"
+                            " as well, or name it in exclude_nodes" % name)
     entry["probe_addresses"] = {generation: probe_address(key) for generation, key in entry["public_keys"].items()}
     entry["state"], entry["reason"] = _state(entry)
     return entry
