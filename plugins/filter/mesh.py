@@ -141,7 +141,8 @@ def mismatch_findings(missing, first=False, exempt=()):
 
 def probe_method(hosts, hostvars):
     """How tunnels can be proven: ``auto``, or ``handshake`` where a node has no IPv6 at all and can answer no echo."""
-    without = any((hostvars[host].get("__mesh_before") or {}).get("ipv6") is False for host in hosts)
+    # A rollout looks before it begins, the status when it begins.
+    without = any((hostvars[host].get(variable) or {}).get("ipv6") is False for host in hosts for variable in ("__mesh_before", "__mesh_there"))
     return "handshake" if without else "auto"
 
 

@@ -279,6 +279,7 @@ def test_how_tunnels_can_be_proven():
     hostvars = {"a": {"__mesh_before": {"ipv6": True}}, "b": {"__mesh_before": {"ipv6": False}}, "c": {"__mesh_before": None}, "d": {}}
     assert FILTERS["probe_method"](["a", "c", "d"], hostvars) == "auto"
     assert FILTERS["probe_method"](["a", "b"], hostvars) == "handshake"
+    assert FILTERS["probe_method"](["e"], {"e": {"__mesh_there": {"ipv6": False}}}) == "handshake", "the status"
 
 
 def test_unknown_variables():
