@@ -142,7 +142,8 @@ def mismatch_findings(missing, first=False, exempt=()):
 def probe_method(hosts, hostvars):
     """How tunnels can be proven: ``auto``, or ``handshake`` where a node has no IPv6 at all and can answer no echo."""
     # A rollout looks before it begins, the status when it begins.
-    without = any((hostvars[host].get(variable) or {}).get("ipv6") is False for host in hosts for variable in ("__mesh_before", "__mesh_there"))
+    variables = ("__mesh_before", "__mesh_there")
+    without = any((hostvars[host].get(variable) or {}).get("ipv6") is False for host in hosts for variable in variables)
     return "handshake" if without else "auto"
 
 
@@ -244,7 +245,8 @@ def in_use_conflicts(hosts, hostvars, settings):
         used = _mark_in_use(before, live)
         if used not in (None, mark):
             found.append(_in_use(host, "mesh_fwmark", used, mark))
-    return found
+    # They are the same on all hosts, mostly.
+    return found[:20] + ["and %d more of these" % (len(found) - 20)] * (len(found) > 20)
 
 
 def _mark_in_use(before, live):

@@ -375,6 +375,12 @@ def test_port_and_mark_of_a_mesh_in_use(before, port, fwmark, messages):
                for text in found)
 
 
+def test_conflicts_of_a_big_cluster_stay_few():
+    hostvars = {"h%d" % number: {"__mesh_before": in_use()} for number in range(5000)}
+    found = FILTERS["in_use_conflicts"](list(hostvars), hostvars, {"port": 5000, "fwmark": 4096})
+    assert len(found) == 21 and found[-1] == "and 4980 more of these"
+
+
 # --- strict mode -------------------------------------------------------------------------------------------------------------------------
 
 def test_strict_mode_needs_every_pair():
