@@ -126,8 +126,8 @@ EXAMPLES = r"""
     document_src: /tmp/mesh.json
     node: worker-1
     compare_only: true
-  register: mesh_compared
-  failed_when: mesh_compared.differs | length > 0
+  register: compared
+  failed_when: compared.differs | length > 0
 
 - name: Remove them
   kubemesh.wireguard.preshared_keys:
