@@ -127,7 +127,8 @@ def _public_by_wg(raw, run_command, wg_path):
 
 def _damaged(path, what):
     return MeshError("%s is not a usable private key: %s. It is left as it is. On a node that is part of a mesh in use, run the playbook "
-                     "rotate_keys, which gives it another; else remove it (state=absent) or restore the key that belongs there" % (path, what))
+                     "rotate_keys, which gives it another; else remove it (state=absent) or restore the key that belongs there"
+                     % (path, what))
 
 
 def _wrong_place(path, what):
