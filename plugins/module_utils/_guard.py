@@ -205,6 +205,9 @@ def dropin_text(nft):
 
     That service empties nftables of everybody's tables whenever it starts, reloads or stops. A dependency between the two units would not
     do: a reload is no start, and a stop of it would have to start us. Firewalld, ufw and iptables only touch tables of their own.
+    Its stop is replaced by one transaction that flushes and loads the guard: at shutdown it comes together with the end of the mesh device,
+    and what is sent between the two would go in clear. After a start or a reload the guard is away for milliseconds, in which the mesh is
+    there.
     The dash: trouble with the guard must not take down the firewall of the host.
     """
     return f"""\
@@ -213,7 +216,8 @@ def dropin_text(nft):
 [Service]
 ExecStartPost=-{nft} -f {GUARD_FILE}
 ExecReload=-{nft} -f {GUARD_FILE}
-ExecStopPost=-{nft} -f {GUARD_FILE}
+ExecStop=
+ExecStop=-/bin/sh -c '{{ echo flush ruleset; cat {GUARD_FILE}; }} | {nft} -f -'
 """
 
 

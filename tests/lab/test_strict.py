@@ -49,7 +49,8 @@ BLOWS = [
     ("node-3", "wg set wgmesh0 peer $(wg show wgmesh0 peers | head -1) remove; ip route flush table 51840; ip route flush table 51841", 2),
     ("node-3", "systemctl restart systemd-networkd", 2),
     ("node-3", "systemctl stop kubemesh-routes kubemesh-guard; ip -6 route flush table 51840", 2),
-    ("node-2", "systemctl restart nftables 2>/dev/null || true", 2),
+    # From here on it is stopped at shutdown, which flushes all tables; the mesh is whole again before.
+    ("node-2", "sh /etc/kubemesh/restore-routes; systemctl restart nftables", 2),
 ]
 
 

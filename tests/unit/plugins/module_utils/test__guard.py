@@ -181,7 +181,7 @@ class Ini(configparser.RawConfigParser):
     """A unit file; the names of settings as they are."""
 
     def __init__(self, text):
-        super().__init__(strict=True)
+        super().__init__(strict=False)  # a setting may be emptied and set again
         self.optionxform = str
         self.read_string(text)
 
@@ -200,7 +200,9 @@ def test_the_guard_comes_back_whenever_nftables_service_flushed_it(files):
     command = "-/usr/sbin/nft -f %s" % live.GUARD_FILE
     dropin = Ini(live.dropin_text("/usr/sbin/nft"))
     assert dropin.sections() == ["Service"]
-    assert dict(dropin["Service"]) == {"ExecStartPost": command, "ExecReload": command, "ExecStopPost": command}
+    stop = "-/bin/sh -c '{ echo flush ruleset; cat %s; } | /usr/sbin/nft -f -'" % live.GUARD_FILE
+    assert dict(dropin["Service"]) == {"ExecStartPost": command, "ExecReload": command, "ExecStop": stop}
+    assert "\nExecStop=\nExecStop=-" in live.dropin_text("/usr/sbin/nft"), "instead of its own"
 
 
 def apply_files(node, text):
