@@ -137,7 +137,10 @@ def test_check_mode_says_what_a_run_would_do(host, run, first, then):
     expected = run(check=True, **then)
     assert (host.state(), host.node.changes) == (before, changes)
     result = run(**then)
-    assert result == dict(expected, invocation=result["invocation"])
+    # How it was called differs, and newer versions of Ansible do not say it here.
+    result.pop("invocation", None)
+    expected.pop("invocation", None)
+    assert result == expected
 
 
 def test_diff_in_words(host, run):
