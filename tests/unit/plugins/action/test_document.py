@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 pytest.importorskip("ansible.plugins.action")  # not where only modules are tested
-from ansible.errors import AnsibleActionFail
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 
 from ansible_collections.kubemesh.wireguard.plugins.action import document, interface, mesh_info, probe, routes
 
@@ -172,3 +172,78 @@ def test_what_travelled_goes_whatever_happens(source):
     with pytest.raises(OSError, match="connection lost"):
         task.run()
     assert task.log[-1] == ("remove", TEMPORARY)
+
+
+# --- routes: a switch that must be confirmed ---------------------------------------------------------------------------------------------
+
+SWITCHED = {
+    "changed": True, "armed": True, "was_sending": True, "carried_connections": 3, "steps": ["add rule"], "diff": [{"before": "1"}]}
+CONFIRMED = {
+    "changed": True, "armed": False, "was_sending": True, "carried_connections": 0, "steps": ["write file"], "diff": [{"before": "2"}]}
+
+
+def unreachable():
+    raise AnsibleConnectionFailure("no route to host")
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """A task that switches host encryption on; the clock advances when it sleeps."""
+    now = [1000.0]
+    monkeypatch.setattr(routes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(routes.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    task = Task(routes, {"node": "a", "encrypt": "nodes", "send": True, "confirm_timeout": 30})
+    task.now = now
+    return task
+
+
+def test_a_switch_that_is_armed_is_confirmed_over_a_new_connection(switch):
+    switch.answers = [answer(dict(SWITCHED)), answer(dict(CONFIRMED))]
+    result = switch.run()
+    assert switch.plugin._connection.reset.call_count == 1
+    assert switch.modules() == [
+        {"node": "a", "encrypt": "nodes", "send": True, "confirm_timeout": 30},
+        {"node": "a", "encrypt": "nodes", "send": True, "confirm": True}]
+    assert (result["changed"], result["armed"], result["was_sending"], result["carried_connections"]) == (True, True, True, 3)
+    assert result["steps"] == ["add rule", "write file"] and result["diff"] == [{"before": "1"}, {"before": "2"}]
+
+
+@pytest.mark.parametrize("result", [{"changed": True, "armed": False}, {"failed": True, "armed": True}, {"failed": True}])
+def test_what_is_not_armed_is_not_confirmed(switch, result):
+    switch.answers = [answer(dict(result))]
+    assert switch.run() == result and len(switch.modules()) == 1 and switch.plugin._connection.reset.call_count == 0
+
+
+def test_check_mode_confirms_nothing():
+    task = Task(routes, {"confirm_timeout": 30}, check_mode=True)
+    task.answers = [answer(dict(SWITCHED))]
+    assert task.run() == SWITCHED and len(task.modules()) == 1
+
+
+def test_a_node_that_is_not_reached_is_tried_until_it_has_taken_the_change_back(switch):
+    """The failure of the module says that; it names what was before, so that nobody switches more off than this run switched on."""
+    taken_back = {"failed": True, "msg": "took its rules back"}
+    switch.answers = [answer(dict(SWITCHED))] + [unreachable] * 20 + [answer(taken_back)]
+    assert switch.run() == dict(taken_back, was_sending=True)
+    assert switch.now[0] == 1000 + 20 * routes.RETRY
+    assert switch.plugin._connection.reset.call_count == 21
+
+
+def test_a_node_that_does_not_come_back_is_unreachable(switch):
+    switch.answers = [answer(dict(SWITCHED))] + [unreachable] * 100
+    with pytest.raises(AnsibleConnectionFailure):
+        switch.run()
+    assert 30 + routes.COMES_BACK <= switch.now[0] - 1000 <= 30 + routes.COMES_BACK + 2 * routes.RETRY
+
+
+def test_a_directory_that_cannot_be_removed_does_not_end_the_tries(switch):
+    switch.answers = [answer(dict(SWITCHED)), unreachable, answer(dict(CONFIRMED))]
+    removals = []
+
+    def remove(path):
+        removals.append(path)
+        if len(removals) == 2:
+            raise AnsibleConnectionFailure("gone again")
+
+    switch.plugin._remove_tmp_path = remove
+    assert switch.run()["armed"] and len(removals) == 3
