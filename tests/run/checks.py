@@ -231,6 +231,15 @@ def kernel(context):
     return pytest(context, *test_files("kernel"), pythonpath=[tree(context).parents[2]], env=env)
 
 
+@check("live", timeout=900)
+def live(context):
+    """Modules against WireGuard devices and routes in network namespaces."""
+    # They wait for answers that do not come, most of the time, so there is room beside the emulated machine.
+    need_root()
+    prepare.debian_packages("iproute2", "iputils-ping", "nftables", "wireguard-go", "wireguard-tools")
+    return pytest(context, *test_files("live"), pythonpath=[tree(context).parents[2]])
+
+
 def ansible_test(context, venv, *arguments):
     """Run ansible-test in a copy of the collection of its own; the root of the copy."""
     root = prepare.copy_tree(context.work)
@@ -373,14 +382,6 @@ def test_files(directory):
 def collections_path(context):
     """ANSIBLE_COLLECTIONS_PATH of the installed artifact and of the collections that optional features need."""
     return f"{artifact(context)[1]}{os.pathsep}{prepare.other_collections(tool(context, 'python'))}"
-
-
-@check("live", timeout=900, cores=2)
-def live(context):
-    """Modules against WireGuard devices and routes in network namespaces."""
-    need_root()
-    prepare.debian_packages("iproute2", "iputils-ping", "nftables", "wireguard-go", "wireguard-tools")
-    return pytest(context, *test_files("live"), pythonpath=[tree(context).parents[2]])
 
 
 # Lab tests that are checks of their own; "lab" is the others.
