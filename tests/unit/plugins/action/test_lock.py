@@ -21,6 +21,12 @@ from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _control
 OWN = _controller.controller_identity()
 
 
+@pytest.fixture(autouse=True)
+def this_process(monkeypatch):
+    """The process that read this file; ansible-test runs each test in a child of it."""
+    monkeypatch.setattr(_controller, "main_pid", lambda: OWN["pid"])
+
+
 def dead():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = _controller.controller_identity(process.pid)
