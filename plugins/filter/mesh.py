@@ -18,6 +18,21 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import untrusted_results
 
 
+# Names, and lines, that a message has room for.
+NAMES_SHOWN = 10
+LINES_SHOWN = 20
+
+
+def _shortened(names):
+    """Names for a sentence: the first few, and how many more there are."""
+    return ", ".join(names[:NAMES_SHOWN]) + (" and %d more" % (len(names) - NAMES_SHOWN) if len(names) > NAMES_SHOWN else "")
+
+
+def _shortened_lines(lines):
+    """The first few lines, and how many more there are."""
+    return lines[:LINES_SHOWN] + ["and %d more of these" % (len(lines) - LINES_SHOWN)] * (len(lines) > LINES_SHOWN)
+
+
 def batches(hosts, sizes):
     """Hosts cut into batches."""
     try:
@@ -97,8 +112,7 @@ def _first_value(hosts, hostvars, variable, usable):
 
 def node_list_findings(hosts, hostvars):
     """Why there is no node list: what was wrong with it, or that nobody could be asked."""
-    failed = _first_value(hosts, hostvars, "__mesh_membership_failed", bool) or _first_value(
-        hosts, hostvars, "__mesh_computed", lambda value: value.get("failed") or value.get("unreachable"))
+    failed = _first_value(hosts, hostvars, "__mesh_computed", lambda value: value.get("failed") or value.get("unreachable"))
     if failed.get("unreachable"):
         return [dict(finding("error", "the host that was asked for the node list could not be reached: %s" % failed.get("msg", "")),
                      remedy="see that it is there, or name another one in mesh_kubectl_host, or another source in mesh_nodes_source")]
@@ -121,10 +135,9 @@ def mismatch_findings(missing, first=False, exempt=()):
     found, suggestions = [], missing.get("suggestions") or {}
     unknown = sorted(set(missing.get("without_key") or []) - set(exempt)) if first else []
     if unknown:
-        named = ", ".join(unknown[:10]) + (" and %d more" % (len(unknown) - 10) if len(unknown) > 10 else "")
         found.append(dict(
             finding("error", "%s: not part of this run, and no key of it is known: is this a slice or a part of the inventory? This is the "
-                    "first run, and it would leave all traffic with these nodes in clear" % named),
+                    "first run, and it would leave all traffic with these nodes in clear" % _shortened(unknown)),
             remedy="run it on all nodes first (no --limit, job_slice_count 1; hosts with other names need mesh_node_name), run it together "
                    "with a node that is in the mesh already, or name the nodes in mesh_exclude_nodes"))
     for host in missing.get("hosts_without_node") or []:
@@ -198,9 +211,24 @@ def keys_due(hosts, hostvars, days):
     old = sorted(host for host, age in ages.items() if int(days) and age is not None and age >= int(days) * 86400)
     if not old:
         return ""
-    named = ", ".join(old[:10]) + (" and %d more" % (len(old) - 10) if len(old) > 10 else "")
     return "the keys of %d nodes are %d days old or older (mesh_key_max_age): %s; run the playbook rotate_keys" % (
-        len(old), int(days), named)
+        len(old), int(days), _shortened(old))
+
+
+def unreached(hosts, hostvars):
+    """Nodes that do not reach nodes of the same run through the tunnel: one line of text each.
+
+    Peers that take no part in the run may be away and do not count.
+    """
+    here, found = {hostvars[host]["__mesh_name"] for host in hosts}, []
+    for host in hosts:
+        proof = hostvars[host].get("__mesh_proved") or {}
+        names = [name for name in proof.get("unproven_names") or [] if name in here]
+        if names:
+            reasons = [entry["message"] for entry in proof.get("unproven") or [] if entry["name"] in here]
+            found.append("%s does not reach %d nodes of this run through the tunnel: %s. %s" % (
+                hostvars[host]["__mesh_name"], len(names), _shortened(names), "; ".join(reasons)))
+    return _shortened_lines(found)
 
 
 def strict_obstacles(computed, hosts, hostvars, exempt):
@@ -210,19 +238,16 @@ def strict_obstacles(computed, hosts, hostvars, exempt):
     found = []
     missing = sorted(nodes - names - set(exempt))
     if missing:
-        named = ", ".join(missing[:20] + ["and more"] * (len(missing) > 20))
-        found.append("these nodes of the cluster are not part of this run: %s" % named)
+        found.append("these nodes of the cluster are not part of this run: %s" % _shortened(missing))
     for host in hosts:
-        proof = hostvars[host].get("__mesh_reached")
+        proof = hostvars[host].get("__mesh_proved_again")
         if not proof:
             found.append("host %s was not switched" % host)
             continue
         # All names; a result has the reasons of the first few only.
-        names = proof.get("unproven_names")
-        names = [entry["name"] for entry in proof.get("unproven") or []] if names is None else names
-        unproven = sorted(set(names) - set(exempt))
+        unproven = sorted(set(proof["unproven_names"]) - set(exempt))
         if unproven:
-            found.append("host %s does not reach %s through the mesh" % (host, ", ".join(unproven[:20])))
+            found.append("host %s does not reach %s through the mesh" % (host, _shortened(unproven)))
     return found
 
 
@@ -246,7 +271,7 @@ def in_use_conflicts(hosts, hostvars, settings):
         if used not in (None, mark):
             found.append(_in_use(host, "mesh_fwmark", used, mark))
     # They are the same on all hosts, mostly.
-    return found[:20] + ["and %d more of these" % (len(found) - 20)] * (len(found) > 20)
+    return _shortened_lines(found)
 
 
 def _mark_in_use(before, live):
@@ -328,5 +353,6 @@ class FilterModule:
             "stand_in_key": stand_in_key,
             "strict_obstacles": strict_obstacles,
             "target_generation": target_generation,
+            "unreached": unreached,
             "unknown_variables": unknown_variables,
         })

@@ -21,6 +21,10 @@ import prepare
 from prepare import TESTS
 
 
+# Characters of a failed test's message in the summary: the end of it says what was wrong. The whole is in the log.
+FAILURE_TEXT = 600
+
+
 @dataclasses.dataclass
 class Result:
     """How many tests passed, failed and were skipped; a check that is not made of tests counts as one."""
@@ -29,6 +33,8 @@ class Result:
     failed: int = 0
     skipped: int = 0
     remark: str = ""
+    # What failed, and the end of what it said.
+    failures: tuple = ()
 
     def note(self):
         """The counts in words, for the line of the check."""
@@ -140,16 +146,20 @@ def _empty_configuration(context):
 def count_junit(paths):
     """The Result that JUnit files report; V(None) when there is none."""
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    seen = False
+    seen, failures = False, []
     for path in paths:
-        for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+        root = ElementTree.parse(path).getroot()
+        for suite in root.iter("testsuite"):
             seen = True
             for key in counts:
                 counts[key] += int(suite.get(key) or 0)
+        for case in root.iter("testcase"):
+            for found in [*case.iter("failure"), *case.iter("error")]:
+                failures.append((case.get("name"), (found.get("message") or "")[-FAILURE_TEXT:]))
     if not seen:
         return None
     failed = counts["failures"] + counts["errors"]
-    return Result(passed=counts["tests"] - failed - counts["skipped"], failed=failed, skipped=counts["skipped"])
+    return Result(passed=counts["tests"] - failed - counts["skipped"], failed=failed, skipped=counts["skipped"], failures=tuple(failures))
 
 
 def pytest(context, *arguments, venv=None, pythonpath=(), env=None):

@@ -40,6 +40,9 @@ OUTPUT = REPOSITORY / "tests" / "output"
 # Lines of a failed check's log that are shown. The whole log stays in the output directory.
 TAIL_LINES = 60
 
+# Failed tests that are named at the end.
+FAILURES_SHOWN = 20
+
 # Seconds between the polite signal and the other one: enough for a test run to take its network namespaces down.
 GRACE = 60
 
@@ -126,6 +129,7 @@ class Gate:
         self.turn = threading.Condition()
         self.running = {}
         self.passed = self.failed = self.skipped = 0
+        self.failures = []
         self.stopped = False
         self.width = max(len(check.name) for check in wanted)
         # Values that several checks need and one makes, see checks.once().
@@ -142,7 +146,7 @@ class Gate:
         context = Context(check, self)
         with self.turn:
             self.running[check.name] = context
-        passed, failed, skipped, note, verdict = 0, 1, 0, "", "FAILED"
+        passed, failed, skipped, note, verdict, failures = 0, 1, 0, "", "FAILED", []
         try:
             result = check.function(context) or checks.Result()
             passed, failed, skipped, note = result.passed, result.failed, result.skipped, result.note()
@@ -153,6 +157,7 @@ class Gate:
             result = reason.result
             passed, failed, skipped = result.passed, max(result.failed, 1), result.skipped
             note = f"{reason}"
+            failures = result.failures or [("", str(reason))]
             context.log(str(reason))
         except PrepareError as reason:
             note = str(reason).splitlines()[0]
@@ -168,6 +173,7 @@ class Gate:
             self.skipped += skipped
             self.report(check, verdict, time.monotonic() - started, note)
             if failed:
+                self.failures += [(check.name, *failure) for failure in failures or [("", note)]]
                 lines = context.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
                 print("".join(f"    | {line}\n" for line in lines[-TAIL_LINES:]), end="", flush=True)
                 print(f"    whole log: {context.log_path.relative_to(REPOSITORY)}", flush=True)
@@ -200,6 +206,10 @@ class Gate:
         for check in self.left_out:
             self.skipped += 1
             self.report(check, "skipped", 0, f"not part of all: run it by name, {check.name}")
+        # Once more at the end: the log of a long run is often cut, and what failed is what is looked for.
+        for name, test, message in self.failures[:FAILURES_SHOWN]:
+            print(f"failed: {name} {test}")
+            print("".join(f"    | {line}\n" for line in message.splitlines()), end="")
         if self.stopped:
             print("interrupted: the checks after this one did not run", flush=True)
         skipped = f", {self.skipped} skipped" if self.skipped else ""

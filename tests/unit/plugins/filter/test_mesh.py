@@ -83,6 +83,8 @@ def texts(value):
     ("mesh_table", (["a"], {"a": {"info": {"msg": JINJA}}}, "info")),
     ("membership_lines", ({"source": "file", "source_reason": JINJA, "serial": 1, "counts": {}, "pending": {"a": JINJA}, "excluded": {},
                            "changes": [JINJA]},)),
+    ("unreached", ([JINJA], {JINJA: {"__mesh_name": JINJA, "__mesh_proved": {
+        "unproven_names": [JINJA], "unproven": [{"name": JINJA, "message": JINJA}]}}})),
     ("strict_obstacles", ({"members": [JINJA], "pending": {}, "excluded": {}}, [], {}, [])),
     ("keys_due", ([JINJA], {JINJA: {"__mesh_key": {"age": 1e9}}}, 1)),
     ("findings_table", ([FINDING], 400)),
@@ -228,7 +230,7 @@ def test_all_findings():
     ({"msg": "no source; give one"}, ["no source"]), ({"problems": ["a; b", "c"], "msg": "x"}, ["a", "c"]),
     ({"rc": 1}, ["the node list cannot be read"])])
 def test_findings_of_a_node_list_that_failed(failed, messages):
-    found = FILTERS["all_findings"](["a"], {"a": {"__mesh_membership_failed": failed}})
+    found = FILTERS["all_findings"](["a"], {"a": {"__mesh_computed": dict(failed, failed=True)}})
     assert [item["message"] for item in found] == messages and {item["level"] for item in found} == {"error"}
 
 
@@ -381,11 +383,28 @@ def test_conflicts_of_a_big_cluster_stay_few():
     assert len(found) == 21 and found[-1] == "and 4980 more of these"
 
 
+# --- prove -------------------------------------------------------------------------------------------------------------------------------
+
+def test_nodes_that_do_not_reach_others_of_their_run():
+    def unreached(**proofs):
+        return FILTERS["unreached"](sorted(proofs), {host: {"__mesh_name": host[1:], "__mesh_proved": proof} for host, proof in proofs.items()})
+
+    assert unreached(ha={"unproven_names": []}, hb=None) == []
+    # Who takes no part in the run may be away.
+    assert unreached(ha={"unproven_names": ["x"], "unproven": [{"name": "x", "message": "no answer"}]}) == []
+    assert unreached(ha={"unproven_names": ["b", "x"], "unproven": [
+        {"name": "b", "message": "b: no handshake"}, {"name": "x", "message": "no answer"}]}, hb={"unproven_names": []}) == [
+            "a does not reach 1 nodes of this run through the tunnel: b. b: no handshake"]
+    names = ["n%04d" % number for number in range(5000)]
+    lines = unreached(**{"h" + name: {"unproven_names": names} for name in names})
+    assert len(lines) == 21 and "n0009 and 4990 more" in lines[0] and lines[-1] == "and 4980 more of these"
+
+
 # --- strict mode -------------------------------------------------------------------------------------------------------------------------
 
 def test_strict_mode_needs_every_pair():
     def obstacles(exempt=(), **proofs):
-        hostvars = {"h" + name: {"__mesh_name": name, "__mesh_reached": proof} for name, proof in proofs.items()}
+        hostvars = {"h" + name: {"__mesh_name": name, "__mesh_proved_again": proof} for name, proof in proofs.items()}
         computed = {"members": ["a", "b"], "pending": {}, "excluded": {"win": "Windows"}}
         return FILTERS["strict_obstacles"](computed, sorted(hostvars), hostvars, list(exempt))
 
