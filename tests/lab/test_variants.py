@@ -15,22 +15,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from harness import Watched, assert_clear, assert_encrypted, differences, infos, keep_on_failure, made, playbook, traces
 
 VARIANTS = {
-    # name: options of the lab, arguments of the playbook, MTU that must come out (underlay less 60 over IPv4, 80 over IPv6)
-    "vxlan-networkd": ({"dataplane": "vxlan", "mtu": 1400}, ["-e", "mesh_persistence=systemd-networkd"], 1340),
-    "ipv4": ({"families": "ipv4"}, [], 1440),
-    "ipv6": ({"families": "ipv6"}, [], 1420),
+    # name: options of the lab, source of the node list, arguments of the playbook, MTU that must come out (underlay less 60 over IPv4, 80
+    # over IPv6)
+    "vxlan-networkd": ({"dataplane": "vxlan", "mtu": 1400}, "inventory", ["-e", "mesh_persistence=systemd-networkd"], 1340),
+    "ipv4": ({"families": "ipv4"}, "auto", [], 1440),
+    "ipv6": ({"families": "ipv6"}, "file", [], 1420),
 }
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_variant(name):
-    options, arguments, mtu = VARIANTS[name]
-    lab = made("v" + name[:4], nodes=3, pods=1, **options)
+    options, source, arguments, mtu = VARIANTS[name]
+    # Two nodes: what differs is the kind of the cluster, not its size, and test_mesh.py has three.
+    lab = made("v" + name[:4], nodes=2, pods=1, **options)
+    if source == "file":
+        arguments = [*arguments, "-e", "mesh_nodes_file=%s" % (lab.state / "nodes.json")]
     try:
         before = {node: traces(lab, node) for node in lab.nodes}
         assert_clear(lab)
         with Watched(lab):
-            playbook(lab, "enable", *arguments)
+            run = playbook(lab, "enable", *arguments, source=source)
+        assert "nodes from %s: " % ("inventory" if source == "auto" else source) in run.text
         assert_encrypted(lab)
         assert {found["device"]["mtu"] for found in infos(lab).values()} == {mtu}
         if name == "vxlan-networkd":

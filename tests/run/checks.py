@@ -57,23 +57,31 @@ class Skipped(Exception):
 
 
 class Check(t.NamedTuple):
-    """One check. C(timeout) in seconds: about four times what it took on two cores. C(cores): 2 runs alone on such a machine."""
+    """One check. C(timeout) in seconds: about four times what it took on two cores.
+
+    C(cores) that it is given: 2 runs alone on such a machine, 0 waits most of its time. C(background) is for what only computes and judges
+    nothing by time: one after the other, with what the others leave of the processor.
+    """
 
     group: str
     name: str
     function: t.Callable
     timeout: int
     cores: int
+    background: bool
 
 
 CHECKS = []
 
+# Seconds for a check that gets only what the others leave: as long as the whole gate may take.
+BACKGROUND = 1700
 
-def check(group, *, timeout, cores=1, name=None):
+
+def check(group, *, timeout, cores=1, name=None, background=False):
     """Add the decorated function to the gate; its name with dashes is the name of the check."""
 
     def add(function):
-        CHECKS.append(Check(group, name or function.__name__.replace("_", "-"), function, timeout, cores))
+        CHECKS.append(Check(group, name or function.__name__.replace("_", "-"), function, timeout, cores, background))
         return function
 
     return add
@@ -241,7 +249,7 @@ def kernel(context):
     return pytest(context, *test_files("kernel"), pythonpath=[tree(context).parents[2]], env=env)
 
 
-@check("live", timeout=900)
+@check("live", timeout=900, cores=0)
 def live(context):
     """Modules against WireGuard devices and routes in network namespaces."""
     # They wait for answers that do not come, most of the time, so there is room beside the emulated machine.
@@ -270,7 +278,7 @@ def ansible_test_units(context, venv, version):
     return count_junit(reports.glob("*.xml"))
 
 
-@check("unit", timeout=900, name="unit-python-3.8")
+@check("unit", timeout=BACKGROUND, name="unit-python-3.8", background=True)
 def unit_python_3_8(context):
     """Unit tests of what runs on nodes, on the oldest Python there."""
     return ansible_test_units(context, dev(context), "3.8")
@@ -284,7 +292,7 @@ def core_2_21(context):
     return venv
 
 
-@check("unit", timeout=900, name="unit-python-3.13")
+@check("unit", timeout=BACKGROUND, name="unit-python-3.13", background=True)
 def unit_python_3_13(context):
     """Unit tests of everything, ansible-core 2.21 on Python 3.13."""
     return ansible_test_units(context, core_2_21(context), "3.13")
@@ -323,7 +331,7 @@ def build(context):
     return Result(remark=f"{archive.name}, {len(playbooks)} playbooks, {len(venvs)} versions of ansible-core")
 
 
-@check("build", timeout=300)
+@check("build", timeout=BACKGROUND, background=True)
 def galaxy_importer(context):
     """What Galaxy and Automation Hub say of the artifact."""
     archive = artifact(context)[0]
@@ -360,13 +368,13 @@ def sanity(context, venv):
     return Result(remark=f"without Python {', '.join(missing)}" if missing else "")
 
 
-@check("sanity", timeout=900, name="sanity-core-2.19")
+@check("sanity", timeout=BACKGROUND, name="sanity-core-2.19", background=True)
 def sanity_core_2_19(context):
     """`ansible-test sanity` of ansible-core 2.19, no ignores."""
     return sanity(context, dev(context))
 
 
-@check("sanity", timeout=900, name="sanity-core-2.21")
+@check("sanity", timeout=BACKGROUND, name="sanity-core-2.21", background=True)
 def sanity_core_2_21(context):
     """`ansible-test sanity` of ansible-core 2.21, no ignores."""
     return sanity(context, core_2_21(context))

@@ -128,7 +128,7 @@ def case_probe_proves_and_says_what_is_wrong(env):
         key = document["nodes"]["worker-2"]["public_keys"]["0"]
         a.sh("wg", "set", "wgmesh0", "peer", key, "remove")
         lab.module(a, "interface", node="worker-1", persistence="none")
-        result = lab.module(a, "probe", node="worker-1", timeout=4, return_peers=True)
+        result = lab.module(a, "probe", node="worker-1", timeout=8, return_peers=True)
         env.note(message=result["msg"])
         assert result["proven_count"] == 1 and result["unproven"][0]["name"] == "worker-2", result
         assert result["peers"]["worker-3"]["proven"]
@@ -136,7 +136,7 @@ def case_probe_proves_and_says_what_is_wrong(env):
         # a path that does not carry full packets
         lab.wire.sh("ip", "link", "set", "n2", "mtu", "1400")
         lab.node("worker-2").sh("ip", "link", "set", "eth0", "mtu", "1400")
-        result = lab.module(a, "probe", node="worker-1", timeout=8, return_peers=True)
+        result = lab.module(a, "probe", node="worker-1", timeout=12, return_peers=True)
         env.note(small=result["msg"])
         assert [item["name"] for item in result["unproven"]] == ["worker-2"], result["msg"]
         assert 1280 <= result["peers"]["worker-2"]["size"] < 1420, result["peers"]["worker-2"]
