@@ -146,7 +146,9 @@ guard:
       type: bool
       sample: true
     in_force:
-      description: Whether it is what it should be.
+      description:
+        - Whether it is what it should be.
+        - V(null) with O(detail=none), where it is not compared.
       type: bool
       sample: true
     at_boot:
@@ -325,7 +327,7 @@ def look(params, system):
         underlay = [name for name in _status.loose_devices(read_text(SYSCTL_FILE)) if name not in generations_of(params["interface"])]
         for name in ours + underlay:
             warnings += loose_filter_warnings(name)
-    guard = guard_status(system)
+    guard = guard_status(system, compare=params["detail"] != "none")
     if guard["reason"]:
         warnings.append("strict mode: %s; run the playbook enable" % guard["reason"])
     there = [item for item in found if item["link"] is not None or item["key"] or item["boot"] or item["routes"]]

@@ -242,7 +242,7 @@ def test_no_file_is_left(node, files):
 
 # --- for who only looks ------------------------------------------------------------------------------------------------------------------
 
-def test_status(node, files):
+def test_status(node, files, monkeypatch):
     system = System(node)
     nothing = {"present": False, "in_force": False, "at_boot": False, "reason": "", "counters": plan.counts_of(None)}
     assert live.guard_status(system) == nothing
@@ -255,6 +255,10 @@ def test_status(node, files):
     before = list(node.changes)
     node.table["sets"]["pods4"]["elements"] = []
     assert live.guard_status(system) == dict(good, in_force=False, reason="table kubemesh_guard: the elements of pods4 differ")
+    # A run that only wants to know whether there is a guard does not read its elements.
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "read_table", None)
+        assert live.guard_status(system, compare=False) == dict(good, in_force=None)
     node.table["chains"]["arriving"] = []
     assert live.guard_status(system)["reason"] == "table kubemesh_guard: its rules are not the wanted ones"
     assert node.changes == before, "it only looks"

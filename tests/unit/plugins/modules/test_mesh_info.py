@@ -62,7 +62,7 @@ def host(monkeypatch):
     monkeypatch.setattr(mesh_info, "System", lambda module: _system.System(it.node))
     monkeypatch.setattr(_interface, "client_for", it.wg.client_for)
     monkeypatch.setattr(mesh_info.time, "time", lambda: NOW)
-    monkeypatch.setattr(mesh_info, "guard_status", lambda system: it.guard)
+    monkeypatch.setattr(mesh_info, "guard_status", lambda system, compare: dict(it.guard, in_force=it.guard["in_force"] if compare else None))
     with instead_of_the_kernel(it.node):
         yield it
     assert it.node.changes == [], "a module that looks changes nothing"
@@ -91,6 +91,7 @@ def test_all_is_well(host, run):
 def test_what_of_it_is_returned(host, run):
     for detail, number in (("all", 2), ("problems", 0), ("none", 0)):
         result = run(detail=detail)
+        assert result["guard"]["in_force"] is (None if detail == "none" else False)
         assert result["counts"] == {"encrypted": 2} and len(result["peers"]) == number
     host.wg.states["wgmesh0"]["peers"][key(2)]["last_handshake"] = NOW - 1000
     assert [peer["name"] for peer in run(detail="problems")["peers"]] == ["b"]
