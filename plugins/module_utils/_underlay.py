@@ -141,7 +141,7 @@ def parse_icmp(data, digest, family):
 class UnderlaySchedule:
     """Which packet goes where and when, and what the answers mean. Pure.
 
-    :param targets: list of {"name": str, "family": "ipv4"|"ipv6", "keys": [key, ...]}: one key for each port, or one for ICMP.
+    :param targets: list of {"name": str, "family": "ipv4"|"ipv6", "keys": [(address, port), ...]}: one key for each port, or one for ICMP.
     :param start: time.
     :param generator: ``random.Random`` or alike.
 
@@ -197,12 +197,18 @@ class UnderlaySchedule:
         self.pacer.at(now + pause * (1.0 + JITTER * self.random()), entry)
 
     def _reach(self, now, name, job):
-        open_keys = [key for key in job["keys"] if key not in job["reached"]]
+        open_keys = self._unanswered(job)
         if not open_keys or job["tries"] >= REACH_TRIES:
             return []
         job["tries"] += 1
         self._later(now, REACH_SECONDS, ("reach", name))
         return [(key, SMALL_SIZE[job["family"]]) for key in open_keys]
+
+    @staticmethod
+    def _unanswered(job):
+        """The keys that may still answer: not those of ports that the responder says it does not have, where an answer is waited for in
+        vain at every run on a mesh that is up."""
+        return [key for key in job["keys"] if key not in job["reached"] and (job["listening"] is None or key[1] in job["listening"])]
 
     def _mtu(self, now, name, job):
         if job["mtu_tries"] >= MTU_TRIES:
@@ -223,7 +229,7 @@ class UnderlaySchedule:
         job["reached"].add(key)
         job["listening"] = set(listening) if job["listening"] is None else job["listening"] | set(listening)
         job["low"] = max(job["low"], size)
-        if len(job["reached"]) == len(job["keys"]):
+        if not self._unanswered(job):
             self.pacer.forget(("reach", name))
         if job["mtu_key"] is None:
             job["mtu_key"] = key

@@ -185,6 +185,16 @@ def test_closed_and_held_ports():
     assert verdicts(3) == {51840: "open", 51841: "open"}
 
 
+def test_a_mesh_that_is_up_is_not_waited_for():
+    """WireGuard has one port of each node; the responder on the other says so."""
+    held = {("a%d" % number, 51840) for number in range(40)}
+    network = Network(held=held)
+    schedule, took = run([target(number) for number in range(40)], network)
+    assert schedule.done() and took < 0.5, "virtual seconds"
+    assert sum(key in held for dummy, key, dummy2 in network.sent) == 40, "each was asked once"
+    assert {result["path_mtu"] for result in schedule.results().values()} == {1500}
+
+
 def test_loss_is_borne():
     schedule, dummy = run([target(number) for number in range(200)], Network(loss=0.1))
     results = schedule.results()
