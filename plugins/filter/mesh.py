@@ -17,7 +17,6 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, load_document
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import untrusted_results
 
-
 # Names, and lines, that a message has room for.
 NAMES_SHOWN = 10
 LINES_SHOWN = 20

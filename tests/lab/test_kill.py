@@ -4,7 +4,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The controller is killed at a random moment of every operation: all pods stay connected, nothing is lost, and one more run finishes.
 
-KUBEMESH_KILLS says how many (12), KUBEMESH_SEED which moments; the seed is printed. Up to 12 have two nodes, for want of time, more have three.
+KUBEMESH_KILLS says how many (12), KUBEMESH_SEED which moments; the seed is printed. Up to 12 have two nodes, for want of time; more have
+three.
 """
 
 from __future__ import annotations

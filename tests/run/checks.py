@@ -20,7 +20,6 @@ from xml.etree import ElementTree
 import prepare
 from prepare import TESTS
 
-
 # Characters of a failed test's message in the summary: the end of it says what was wrong. The whole is in the log.
 FAILURE_TEXT = 600
 

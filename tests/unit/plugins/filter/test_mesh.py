@@ -387,7 +387,8 @@ def test_conflicts_of_a_big_cluster_stay_few():
 
 def test_nodes_that_do_not_reach_others_of_their_run():
     def unreached(**proofs):
-        return FILTERS["unreached"](sorted(proofs), {host: {"__mesh_name": host[1:], "__mesh_proved": proof} for host, proof in proofs.items()})
+        hostvars = {host: {"__mesh_name": host[1:], "__mesh_proved": proof} for host, proof in proofs.items()}
+        return FILTERS["unreached"](sorted(proofs), hostvars)
 
     assert unreached(ha={"unproven_names": []}, hb=None) == []
     # Who takes no part in the run may be away.

@@ -14,23 +14,12 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _guard a
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _guard_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh, _system
 from ansible_collections.kubemesh.wireguard.plugins.modules import guard
+from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.documents import document, entry
 from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.guard_fakes import NftNode
 
 
 class Killed(BaseException):
     """The run ends here, whatever it was doing."""
-
-
-def key(number):
-    return chr(ord("A") + number) * 42 + "A="
-
-
-def entry(number, **other):
-    return dict({
-        "state": "member", "reason": "", "uid": "", "public_keys": {"0": key(number)}, "endpoints": {},
-        "pod_cidrs": ["10.244.%d.0/24" % number, "fd00:10:244:%x::/64" % number],
-        "node_addresses": ["198.18.0.1%d" % number, "2001:db8::%x" % number],
-        "probe_addresses": {"0": _mesh.probe_address(key(number))}, "mtu": 1420, "keepalive": 0}, **other)
 
 
 class Host:
@@ -42,8 +31,7 @@ class Host:
         self.document({"a": entry(1), "b": entry(2), "c": entry(3)})
 
     def document(self, nodes):
-        doc = _mesh.validate_document({
-            "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes})
+        doc = document(nodes)
         self.path("mesh.json").write_bytes(_mesh.document_bytes(doc))
 
     def path(self, name):

@@ -14,6 +14,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh, _
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.modules import routes
+from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.documents import document, entry
 from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.node_fakes import TABLE_MAIN, Node, instead_of_the_kernel
 
 TABLE = 51840
@@ -21,18 +22,6 @@ TABLE = 51840
 
 class Killed(BaseException):
     """The run ends here, whatever it was doing."""
-
-
-def key(number):
-    return chr(ord("A") + number) * 42 + "A="
-
-
-def entry(number, **other):
-    return dict({
-        "state": "member", "reason": "", "uid": "", "public_keys": {"0": key(number)}, "endpoints": {},
-        "pod_cidrs": ["10.244.%d.0/24" % number, "fd00:10:244:%x::/64" % number],
-        "node_addresses": ["198.18.0.1%d" % number, "2001:db8::%x" % number],
-        "probe_addresses": {"0": _mesh.probe_address(key(number))}, "mtu": 1420, "keepalive": 0}, **other)
 
 
 class Host:
@@ -53,8 +42,7 @@ class Host:
         self.prove("b", "c")
 
     def document(self, nodes):
-        self.doc = _mesh.validate_document({
-            "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes})
+        self.doc = document(nodes)
         self.path("mesh.json").write_bytes(_mesh.document_bytes(self.doc))
 
     def prove(self, *names):
