@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,7 +63,8 @@ def behind(lab, node):
     return {row["name"]: [text for text in row["addresses"] if not text.startswith("fe80:")] for row in infos(lab)[node]["peers"]}
 
 
-EXTRA = "10.245.7.0/24"
+# A prefix and an address of two nodes each, beside those that they have.
+MOVING = [("10.245.7.0/24", "198.18.0.207"), ("10.245.8.0/24", "198.18.0.208")]
 
 
 def test_reconcile_where_nothing_changed(lab):
@@ -69,21 +73,27 @@ def test_reconcile_where_nothing_changed(lab):
     assert set(run.changed().values()) == {0}
 
 
-def test_a_prefix_comes_and_moves_and_goes(lab):
-    """The prefix of one node becomes another's in one run; all others are in use all the time."""
+def test_prefixes_and_addresses_come_and_are_swapped_and_go(lab):
+    """What two nodes have becomes the other's in one run, in both directions; all else is in use all the time."""
     before = sessions(lab, "node-1")
 
-    def owned_by(owner):
+    def owned_by(owners):
         path = lab.state / "more.yml"
-        cidrs = {node: [*lab.pod_cidrs(node).values()] + [EXTRA] * (node == owner) for node in lab.nodes}
-        path.write_text(json.dumps({"all": {"hosts": {node: {"mesh_pod_cidrs": cidrs[node]} for node in cidrs}}}))
+        hosts = {node: {"mesh_pod_cidrs": [*lab.pod_cidrs(node).values()], "mesh_node_addresses": [*lab.node_addresses(node).values()]}
+                 for node in lab.nodes}
+        for owner, (cidr, address) in zip(owners, MOVING):
+            hosts[owner]["mesh_pod_cidrs"].append(cidr)
+            hosts[owner]["mesh_node_addresses"].append(address)
+        path.write_text(json.dumps({"all": {"hosts": hosts}}))
         return ["-e", "mesh_nodes_source=inventory", "-i", str(path)]
 
     with Watched(lab):
-        for owner in ("node-2", "node-3", None):
-            playbook(lab, "reconcile", *owned_by(owner))
+        for owners in (["node-2", "node-3"], ["node-3", "node-2"], []):
+            playbook(lab, "reconcile", *owned_by(owners))
             found = behind(lab, "node-1")
-            assert [peer for peer in found if EXTRA in found[peer]] == ([owner] if owner else [])
+            for number, (cidr, address) in enumerate(MOVING):
+                for text in (cidr, address + "/32"):
+                    assert [peer for peer in found if text in found[peer]] == owners[number: number + 1], (text, found)
     assert go_on(before, sessions(lab, "node-1"))
 
 
@@ -105,6 +115,40 @@ def test_rotation_twice_in_a_row(lab, generation):
     assert_encrypted(lab)
     run = playbook(lab, "enable", preflight=False)
     assert set(run.changed().values()) == {0}
+
+
+def test_a_rotation_is_taken_back(lab):
+    """The controller dies while a rotation is under way; the keys from before are used again, and the new ones are gone."""
+    before = {node: found["device"]["public_key"] for node, found in infos(lab).items()}
+    with Watched(lab):
+        process = lab.start_ansible_playbook(
+            ["kubemesh.wireguard.rotate_keys", "-e", "mesh_nodes_source=inventory", "-e", "mesh_preflight=false"])
+        try:
+            # The first node sends through the second device.
+            deadline = time.monotonic() + 90
+            while "wgmesh1" not in text_of(lab, "node-1", "ip route show table 51840"):
+                assert time.monotonic() < deadline, "no node comes to send through the new device"
+                time.sleep(0.1)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        playbook(lab, "rotate_keys", "-e", "mesh_nodes_source=inventory", "-e", "mesh_rotate_back=true", "-e", "mesh_preflight=false")
+    found = infos(lab)
+    assert {node: info["device"]["public_key"] for node, info in found.items()} == before
+    assert {info["device"]["name"] for info in found.values()} == {"wgmesh0"}
+    assert keys(lab) == {node: ["wgmesh0.key"] for node in lab.nodes}
+    assert all_encrypted(lab)
+
+
+def test_a_damaged_key_is_replaced_by_a_rotation(lab):
+    """The file of the key in use is damaged: nothing overwrites it, the mesh goes on, and a rotation is the way out that the error names."""
+    text_of(lab, "node-2", "echo damaged > /etc/wireguard/wgmesh0.key")
+    run = playbook(lab, "enable", preflight=False, rc=2)
+    assert "/etc/wireguard/wgmesh0.key" in run.text and "rotate_keys" in run.text
+    with Watched(lab):
+        playbook(lab, "rotate_keys", "-e", "mesh_nodes_source=inventory")
+    assert all_encrypted(lab)
+    assert keys(lab) == {node: ["wgmesh1.key"] for node in lab.nodes}
 
 
 def preshared(lab, device):
