@@ -141,7 +141,7 @@ def test_a_rotation_is_taken_back(lab):
 
 
 def test_a_damaged_key_is_replaced_by_a_rotation(lab):
-    """The file of the key in use is damaged: nothing overwrites it, the mesh goes on, and a rotation is the way out that the error names."""
+    """The key file in use is damaged: nothing overwrites it, the mesh goes on, and a rotation is the way out that the error names."""
     text_of(lab, "node-2", "echo damaged > /etc/wireguard/wgmesh0.key")
     run = playbook(lab, "enable", preflight=False, rc=2)
     assert "/etc/wireguard/wgmesh0.key" in run.text and "rotate_keys" in run.text

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import Watched, all_encrypted, assert_encrypted, infos, keep_on_failure, made, playbook, states
+from harness import Watched, all_encrypted, assert_encrypted, infos, keep_on_failure, made, playbook, states, text_of
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,20 @@ def test_a_host_that_fails_half_way_is_left_out_and_stays_connected(lab):
         assert found[node] == {peer: "encrypted", "node-3": "accepting"}
 
 
+def test_a_peer_that_does_not_answer_stops_the_run_before_traffic_moves(lab):
+    playbook(lab, "disable")
+    text_of(lab, "node-2", "nft add table inet wall && nft 'add chain inet wall in { type filter hook input priority 0; }' && "
+                           "nft add rule inet wall in udp dport 51840 drop")
+    with Watched(lab):
+        run = playbook(lab, "enable", "-e", "mesh_probe_timeout=4", rc=2, preflight=False)
+    assert "node-1 does not reach 1 nodes of this run through the tunnel: node-2" in run.text
+    assert "node-2 does not reach 2 nodes" in run.text
+    assert [found["sending"] for found in infos(lab).values()] == [False] * 3
+    assert [text_of(lab, node, "ls /run/kubemesh") for node in lab.nodes if "lock" in text_of(lab, node, "ls /run/kubemesh")] == []
+    text_of(lab, "node-2", "nft delete table inet wall")
+
+
 def test_a_batch_that_fails_is_withdrawn_and_the_run_stops(lab):
-    playbook(lab, "disable", rc=0)
     # A rule of somebody else's that comes before ours and sends a part of the mesh elsewhere: a handshake would not show it.
     lab.exec("node-2", ["ip", "rule", "add", "priority", "100", "to", "10.244.3.0/24", "lookup", "main"])
     with Watched(lab):
