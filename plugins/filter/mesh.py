@@ -225,8 +225,8 @@ def unreached(hosts, hostvars):
         names = [name for name in proof.get("unproven_names") or [] if name in here]
         if names:
             reasons = [entry["message"] for entry in proof.get("unproven") or [] if entry["name"] in here]
-            found.append("%s does not reach %d nodes of this run through the tunnel: %s. %s" % (
-                hostvars[host]["__mesh_name"], len(names), _shortened(names), "; ".join(reasons)))
+            found.append("%s does not reach through the tunnel, of this run: %s. %s" % (
+                hostvars[host]["__mesh_name"], _shortened(names), "; ".join(reasons)))
     return _shortened_lines(found)
 
 

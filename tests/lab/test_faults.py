@@ -43,8 +43,8 @@ def test_a_peer_that_does_not_answer_stops_the_run_before_traffic_moves(lab):
                            "nft add rule inet wall in udp dport 51840 drop")
     with Watched(lab):
         run = playbook(lab, "enable", "-e", "mesh_probe_timeout=4", rc=2, preflight=False)
-    assert "node-1 does not reach 1 nodes of this run through the tunnel: node-2" in run.text
-    assert "node-2 does not reach 2 nodes" in run.text
+    assert "node-1 does not reach through the tunnel, of this run: node-2." in run.text
+    assert "node-2 does not reach through the tunnel, of this run: node-1, node-3." in run.text
     assert [found["sending"] for found in infos(lab).values()] == [False] * 3
     assert [text_of(lab, node, "ls /run/kubemesh") for node in lab.nodes if "lock" in text_of(lab, node, "ls /run/kubemesh")] == []
     text_of(lab, "node-2", "nft delete table inet wall")

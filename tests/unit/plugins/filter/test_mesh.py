@@ -395,7 +395,7 @@ def test_nodes_that_do_not_reach_others_of_their_run():
     assert unreached(ha={"unproven_names": ["x"], "unproven": [{"name": "x", "message": "no answer"}]}) == []
     assert unreached(ha={"unproven_names": ["b", "x"], "unproven": [
         {"name": "b", "message": "b: no handshake"}, {"name": "x", "message": "no answer"}]}, hb={"unproven_names": []}) == [
-            "a does not reach 1 nodes of this run through the tunnel: b. b: no handshake"]
+            "a does not reach through the tunnel, of this run: b. b: no handshake"]
     names = ["n%04d" % number for number in range(5000)]
     lines = unreached(**{"h" + name: {"unproven_names": names} for name in names})
     assert len(lines) == 21 and "n0009 and 4990 more" in lines[0] and lines[-1] == "and 4980 more of these"
