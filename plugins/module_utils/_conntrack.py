@@ -17,8 +17,10 @@ the very address and port it has now. Delete and create travel in one netlink me
 A dump takes milliseconds, on busy nodes a second. What begins meanwhile is told by the kernel as it begins, and is replaced last, so that
 a switch right after it meets as good as no connection that remembers the old device.
 
-In the microsecond between delete and create a packet may find no connection. `_conntrack_guard` drops it where it is TCP, so that it is
-sent again and not answered by a reset; where it is not, that packet is lost, and what it left behind is removed.
+In the moment between delete and create a packet would find no connection: microseconds, but milliseconds where the processor is taken
+away just then. So some hundred connections at a time are led around it by `_conntrack_detour`: their packets find a copy, and not one is
+lost. Where the kernel cannot do that, `_conntrack_guard` drops the packet if it is TCP, so that it is sent again and not answered by a
+reset; if it is not, it is lost, and what it left behind is removed.
 
 What the kernel does not let us set starts anew: counters, the time at which the connection began, and the sequence window of TCP. For the
 window the connection is marked liberal, so that no packet of it is judged invalid (kube-proxy drops those). An FTP helper is kept; what it
@@ -36,6 +38,7 @@ import os
 import socket
 import struct
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack_detour import CAPACITY, COPY_LIFETIME, ZONE, Detour
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack_guard import Guard
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._nfnetlink import (
     NLA_F_NESTED,
@@ -106,6 +109,8 @@ IPS_ASSURED = 0x4
 IPS_CONFIRMED = 0x8
 IPS_SRC_NAT = 0x10
 IPS_DST_NAT = 0x20
+# Packets do not extend its life.
+IPS_FIXED_TIMEOUT = 0x400
 # What may be carried over. The NAT bits come from the NAT attributes; without IPS_CONFIRMED the kernel answers EBUSY.
 IPS_CARRIED = IPS_SEEN_REPLY | IPS_ASSURED
 
@@ -113,6 +118,10 @@ IPS_CARRIED = IPS_SEEN_REPLY | IPS_ASSURED
 CARRIED_AS_IS = (CTA_HELP, CTA_SEQ_ADJ_ORIG, CTA_SEQ_ADJ_REPLY, CTA_SYNPROXY)
 # Times that a replacement is tried where packets in between made connections of their own.
 TRIES = 4
+# Seconds that an entry lives at least: one that is about to time out must not do so while it is replaced, or between two passes.
+MINIMUM_LIFETIME = 30
+# Seconds that one lives whose end passed while it was led around; those of the states of TCP behind ESTABLISHED are 10 to 120.
+CLOSING_LIFETIME = 120
 # Passes that are added where more connections begin than the kernel can tell of.
 MORE_PASSES = 3
 # Times that the kernel is asked what began while those that had begun were replaced: each is shorter than the one before.
@@ -220,7 +229,7 @@ def must_move(connection, networks):
 
     networks: {4: [(first, last)], 16: [(first, last)]} of packed addresses by their length, sorted, see `packed_networks`.
     """
-    if not connection["status"] & IPS_SRC_NAT or connection["timeout"] is None:
+    if not connection["status"] & IPS_SRC_NAT or connection["timeout"] is None or connection["zone"] == ZONE:
         return False
     # What a helper announced (data of FTP) got its addresses from its parent and has no memory of a device.
     if connection["child"] or (connection["tcp"] and connection["tcp"]["state"] in (TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE)):
@@ -275,6 +284,34 @@ def delete_attributes(connection):
     return b"".join(parts)
 
 
+def has_no_zone(connection):
+    """Whether the addresses and ports of packets alone tell that they are of this connection."""
+    return all(zone is None for zone in (connection["zone"], connection["orig"]["zone"], connection["reply"]["zone"]))
+
+
+def copy_of(connection):
+    """The same connection in the zone of the detour; nobody has to end it."""
+    return dict(connection, id=None, zone=ZONE, timeout=COPY_LIFETIME, status=connection["status"] | IPS_FIXED_TIMEOUT)
+
+
+def end_attributes(connection, after):
+    """What a copy saw of the end of its connection, as attributes that tell the entry, which did not see it; None where that is nothing.
+
+    :param connection: as it was when the copy was made.
+    :param after: the copy when packets no longer found it.
+    """
+    if connection["tcp"] is not None:
+        if after["tcp"] is None or after["tcp"]["state"] == carried_state(connection["tcp"]["state"]):
+            return None
+        state = attribute(CTA_PROTOINFO_TCP_STATE, struct.pack("B", after["tcp"]["state"]))
+        info = nested(CTA_PROTOINFO, nested(CTA_PROTOINFO_TCP, state))
+    else:
+        if after["protoinfo"] is None or after["protoinfo"] == connection["protoinfo"]:
+            return None
+        info = attribute(CTA_PROTOINFO | NLA_F_NESTED, after["protoinfo"])
+    return encode_tuple(CTA_TUPLE_ORIG, connection["orig"]) + attribute(CTA_TIMEOUT, struct.pack("!I", CLOSING_LIFETIME)) + info
+
+
 def create_attributes(connection):
     """The attributes that make the same connection anew, its source translated to the address and port it has, without a device.
 
@@ -286,13 +323,12 @@ def create_attributes(connection):
         parts.append(encode_nat(CTA_NAT_DST, reply["src"], reply["ports"][0] if "ports" in reply else None))
     source_port = reply["ports"][1] if "ports" in reply else (reply["icmp"][0] if "icmp" in reply else None)
     parts.append(encode_nat(CTA_NAT_SRC, reply["dst"], source_port))
-    status = connection["status"] & IPS_CARRIED | IPS_CONFIRMED
+    status = connection["status"] & (IPS_CARRIED | IPS_FIXED_TIMEOUT) | IPS_CONFIRMED
     if connection["tcp"] is not None and connection["tcp"]["state"] in TCP_CONNTRACK_OPENING:
         # An established one has been answered, or its next packet would count as a new connection that does not begin with SYN.
         status |= IPS_SEEN_REPLY
     parts.append(attribute(CTA_STATUS, struct.pack("!I", status)))
-    # At least as long as a switch may take: an entry that is about to time out must not do so between two passes.
-    parts.append(attribute(CTA_TIMEOUT, struct.pack("!I", max(connection["timeout"], 30))))
+    parts.append(attribute(CTA_TIMEOUT, struct.pack("!I", max(connection["timeout"], MINIMUM_LIFETIME))))
     if connection["mark"]:
         parts.append(attribute(CTA_MARK, struct.pack("!I", connection["mark"])))
     if connection["zone"] is not None:
@@ -391,6 +427,31 @@ class Conntrack:
         dummy, now = self.exchange(connection["family"], [(IPCTNL_MSG_CT_GET, 0, named)])
         return now if now is not None and now["id"] == connection["id"] else None
 
+    def copy(self, connection):
+        """Make the copy of a connection in the zone of the detour; -> whether it is there."""
+        family, copy = connection["family"], copy_of(connection)
+        made = (IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, create_attributes(copy))
+        requests = [made]
+        if connection["timeout"] < MINIMUM_LIFETIME:
+            # Its packets extend the life of the copy only.
+            requests.append((IPCTNL_MSG_CT_NEW, 0, delete_attributes(connection) + attribute(
+                CTA_TIMEOUT, struct.pack("!I", MINIMUM_LIFETIME))))
+        code = self.exchange(family, requests)[0][0]
+        if code == errno.EEXIST:
+            # Left by a run that was killed.
+            code = self.exchange(family, [(IPCTNL_MSG_CT_DELETE, 0, delete_attributes(copy)), made])[0][1]
+        return code == 0
+
+    def remove_copy(self, connection):
+        """Remove the copy of a connection, which nobody looks at any more, and keep what it saw of the connection's end."""
+        family, named = connection["family"], delete_attributes(copy_of(connection))
+        has_states = connection["tcp"] is not None or connection["protoinfo"] is not None
+        looked = [(IPCTNL_MSG_CT_GET, 0, named)] if has_states else []
+        dummy, after = self.exchange(family, looked + [(IPCTNL_MSG_CT_DELETE, 0, named)])
+        end = end_attributes(connection, after) if after is not None else None
+        if end:
+            self.exchange(family, [(IPCTNL_MSG_CT_NEW, 0, end)])
+
     def replace(self, connection):
         """Replace one entry by itself, translated without a device.
 
@@ -436,8 +497,8 @@ class Begun:
     def close(self):
         self.socket.close()
 
-    def read(self):
-        """(connections that began since the last call, whether all of them)."""
+    def read(self, known=()):
+        """(connections that began since the last call and whose id is not known yet, whether all of them)."""
         found, complete = [], True
         while True:
             try:
@@ -450,8 +511,9 @@ class Begun:
                 complete = False
                 continue
             for dummy, dummy2, body in messages(data):
-                family = struct.unpack_from("=B", body)[0]
-                found.append(decode_connection(family, body[4:]))
+                # Most of them are those that we made.
+                if attributes(body[4:]).get(CTA_ID) not in known:
+                    found.append(decode_connection(struct.unpack_from("=B", body)[0], body[4:]))
 
     def forget(self):
         """What a pass that begins now will see by itself."""
@@ -470,13 +532,13 @@ def _message(kind, flags, family, sequence, payload):
 
 
 class Carrier:
-    """Replaces connections towards some networks and counts; the guard goes up before the first."""
+    """Replaces connections towards some networks and counts; guard and detour go up before the first."""
 
     def __init__(self, networks, done):
         self.networks, self.done = networks, done
         self.families = [family for family, length in ((socket.AF_INET, 4), (socket.AF_INET6, 16)) if networks[length]]
-        self.result = {"replaced": 0, "left": 0, "guarded": False, "error": ""}
-        self.guard = Guard()
+        self.result = {"replaced": 0, "left": 0, "guarded": False, "detoured": False, "exposed": 0, "error": ""}
+        self.guard, self.detour = Guard(), Detour()
         self.started = False
         self.clients = []
 
@@ -487,21 +549,49 @@ class Carrier:
 
     def close(self):
         if self.started:
+            self.detour.stop()
             self.guard.stop()
         for client in self.clients:
             client.close()
 
-    def replace(self, connection):
-        """Replace one connection if it is one of those that must move."""
-        if connection["id"] in self.done or connection["family"] not in self.families or not must_move(connection, self.networks):
-            return
+    def concerns(self, connection):
+        """Whether a connection is one of those that must move and have not been replaced."""
+        return (connection["id"] not in self.done and connection["family"] in self.families and must_move(connection, self.networks))
+
+    def replace_all(self, connections, led=True):
+        """Replace connections, as many at a time as can be led around.
+
+        :param led: whether their packets are led around where that is possible.
+        """
+        for first in range(0, len(connections), CAPACITY):
+            self.replace_some(connections[first:first + CAPACITY], led)
+
+    def replace_some(self, connections, led):
+        """Replace no more connections than can be led around at once."""
         if not self.started:
             self.started = True
             self.guard.start()
-            self.result["guarded"] = self.guard.active
+            self.detour.start()
+            self.result.update(guarded=self.guard.active, detoured=self.detour.active)
+        writer = self.clients[1]
+        copied = [one for one in connections if has_no_zone(one) and writer.copy(one)] if led and self.detour.active else []
+        try:
+            safe = {one["id"] for one in copied} if copied and self.detour.lead(copied) else set()
+            for connection in connections:
+                self.replace(connection, connection["id"] in safe)
+        finally:
+            # What cannot be removed ends by itself.
+            if copied and self.detour.release():
+                for connection in copied:
+                    writer.remove_copy(connection)
+            self.result["detoured"] = self.detour.active
+
+    def replace(self, connection, safe):
+        """Replace one connection. safe: whether no packet can meet it while that happens."""
         code, made_id = self.clients[1].replace(connection)
         if code == 0:
             self.result["replaced"] += 1
+            self.result["exposed"] += not safe and connection["orig"]["proto"] != IPPROTO_TCP
             self.done.add(made_id)
         elif code not in (errno.ENOENT, errno.EEXIST):
             self.result["left"] += 1
@@ -512,17 +602,31 @@ class Carrier:
         reader, dummy, begun = self.clients
         begun.forget()
         self.result["left"] = 0
+        newcomers, complete = [], True
+
+        def listen():
+            """Read what began; -> whether that is all. Often enough that the kernel need not keep more than it can."""
+            found, all_of_them = begun.read(self.done)
+            newcomers.extend(one for one in found if self.concerns(one))
+            return all_of_them
+
         for family in self.families:
+            some = []
             for connection in reader.dump(family, self.done):
-                self.replace(connection)
-        complete = True
-        for dummy in range(READS):
-            connections, all_of_them = begun.read()
-            complete = complete and all_of_them
-            if not connections:
+                if self.concerns(connection):
+                    some.append(connection)
+                if len(some) == CAPACITY:
+                    self.replace_all(some)
+                    some = []
+                    complete = listen() and complete
+            self.replace_all(some)
+        for number in range(READS):
+            complete = listen() and complete
+            if not newcomers:
                 break
-            for connection in connections:
-                self.replace(connection)
+            some, newcomers[:] = list(newcomers), []
+            # A detour takes tens of milliseconds, in which the next ones begin: the last are replaced at once.
+            self.replace_all(some, led=number < READS - 1)
         return complete
 
 
@@ -531,7 +635,9 @@ def carry_over(cidrs, passes=2, done=None):
 
     :param passes: how often all connections are read; more where so many begin that the kernel cannot tell of each.
     :param done: set of ids of connections that were replaced before and need not be again; those that are replaced now are added.
-    :returns: {"replaced": n, "left": n, "guarded": bool, "error": text or ""}; an entry that vanished or was made anew meanwhile is not an
+    :returns: {"replaced": n, "left": n, "guarded": bool, "detoured": bool, "exposed": n, "error": text or ""}. Guarded, detoured: whether
+        the kernel took the table of `_conntrack_guard`, of `_conntrack_detour`. Exposed: those of the replaced that are not TCP and were
+        not led around, of which a packet is lost that came at the wrong moment. An entry that vanished or was made anew meanwhile is not an
         error: it is seen again by the next pass. Nothing is raised: a kernel without ctnetlink has nothing to carry over.
     """
     carrier = Carrier(packed_networks(cidrs), set() if done is None else done)

@@ -43,7 +43,7 @@ COUNTER = itertools.count()
 PEER_PODS = ["10.244.2.0/24", "fd00:2::/64"]
 PEER_POD = {"ipv4": "10.244.2.2", "ipv6": "fd00:2::2"}
 NODE_PORT, POD_PORT = 30080, 8080
-NOTHING = {"replaced": 0, "left": 0, "guarded": False, "error": ""}
+NOTHING = {"replaced": 0, "left": 0, "guarded": False, "detoured": False, "exposed": 0, "error": ""}
 
 NODE_RULES = """
 table inet kmun {
@@ -170,7 +170,7 @@ while True:
 
 IN_NODE = """
 import subprocess, time
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _conntrack, _conntrack_guard
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _conntrack, _conntrack_detour, _conntrack_guard, _nft_netlink
 CIDRS = %r
 def entries(family=2):
     client = _conntrack.Conntrack()
@@ -355,7 +355,7 @@ def test_ping_that_is_masqueraded(net, family, carried):
     assert sent == 250 and net.received("peer", "mesh0") > before + 10, "nothing went the new way"
     if carried:
         assert received == sent
-        assert result == [{"replaced": 1, "left": 0, "guarded": True, "error": ""}, NOTHING]
+        assert result == [dict(NOTHING, replaced=1, guarded=True, detoured=True), NOTHING]
         assert [reply for dummy, reply in masqueraded(net, family)] == [reply for dummy, reply in old], "same address, same identifier"
     else:
         assert received < sent, "the kernel drops one and forgets the connection: has it learnt to do better?"
@@ -629,7 +629,7 @@ def test_the_guard_ends_with_its_process(net):
 def test_what_an_older_kernel_leaves_is_harmless_and_goes(net):
     """Without owner: the table stays when its process is killed, does nothing after its time, and the next guard takes it away."""
     assert net.in_node(
-        "_conntrack_guard.NFT_TABLE_F_OWNER = 0x80\n_conntrack_guard.LIFETIME = -1\n"
+        "_nft_netlink.NFT_TABLE_F_OWNER = 0x80\n_conntrack_guard.LIFETIME = -1\n"
         "guard = _conntrack_guard.Guard()\nguard.start()\nprint(guard.active)") is True
     assert "kubemesh-carry" in tables(net)
     # a connection in the middle that nobody knows: dropped by a guard that is in force
