@@ -542,10 +542,19 @@ class Carrier:
         self.started = False
         self.clients = []
 
-    def open(self):
-        # One reads while the other replaces: what is replaced was read moments before, however many there are.
-        for make in (Conntrack, Conntrack, Begun):
-            self.clients.append(make())
+    def run(self, passes):
+        """Replace what there is, so many times and then until the kernel told of all that began. Raises nothing."""
+        try:
+            # One reads while the other replaces: what is replaced was read moments before, however many there are.
+            for make in (Conntrack, Conntrack, Begun)[len(self.clients):]:
+                self.clients.append(make())
+            complete = False
+            for number in range(passes + MORE_PASSES):
+                if number >= passes and complete:
+                    break
+                complete = self.run_pass()
+        except (OSError, struct.error) as exc:
+            self.result["error"] = "connection tracking failed: %s" % exc
 
     def close(self):
         if self.started:
@@ -630,26 +639,24 @@ class Carrier:
         return complete
 
 
-def carry_over(cidrs, passes=2, done=None):
+def carry_over(cidrs, passes=2, done=None, switch=None):
     """Replace every masqueraded connection towards the CIDRs, those that begin meanwhile as well.
 
     :param passes: how often all connections are read; more where so many begin that the kernel cannot tell of each.
     :param done: set of ids of connections that were replaced before and need not be again; those that are replaced now are added.
+    :param switch: what makes packets take another device. It is called right after the last pass, whatever became of that, and one more
+        pass follows. What it raises goes on to the caller.
     :returns: {"replaced": n, "left": n, "guarded": bool, "detoured": bool, "exposed": n, "error": text or ""}. Guarded, detoured: whether
         the kernel took the table of `_conntrack_guard`, of `_conntrack_detour`. Exposed: those of the replaced that are not TCP and were
         not led around, of which a packet is lost that came at the wrong moment. An entry that vanished or was made anew meanwhile is not an
-        error: it is seen again by the next pass. Nothing is raised: a kernel without ctnetlink has nothing to carry over.
+        error: it is seen again by the next pass. A kernel without ctnetlink has nothing to carry over: that is an error in the result.
     """
     carrier = Carrier(packed_networks(cidrs), set() if done is None else done)
     try:
-        carrier.open()
-        complete = False
-        for number in range(passes + MORE_PASSES):
-            if number >= passes and complete:
-                break
-            complete = carrier.run_pass()
-    except (OSError, struct.error) as exc:
-        carrier.result["error"] = "connection tracking failed: %s" % exc
+        carrier.run(passes)
+        if switch is not None:
+            switch()
+            carrier.run(1)
     finally:
         carrier.close()
     return carrier.result

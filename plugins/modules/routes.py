@@ -280,7 +280,7 @@ def apply_live(system, current, wanted, steps):
     """Carry out the kernel's part. Returns the number of connections carried over.
 
     Routes in, then family by family the rules, then routes out. Connections are carried over as late as possible before their packets
-    change devices, and once more after it, for those that came meanwhile.
+    change devices, and those that came meanwhile once more after it.
     """
     moved = plan.moved_destinations(current, wanted)
     live_tables = bool(current["rules"]) and bool(wanted["rules"])
@@ -292,19 +292,25 @@ def apply_live(system, current, wanted, steps):
     carried, done = 0, set()
     for part, moves in parts:
         if part and moves:
-            carried += carry(system, moves, 2, done)
-        live.apply_steps(system, part)
-        if part and moves:
-            carried += carry(system, moves, 1, done)
+            carried += carry(system, moves, done, part)
+        else:
+            live.apply_steps(system, part)
     return carried
 
 
-def carry(system, moved, passes, done):
-    """Carry connections over; -> their number. What could not be carried over loses a packet and may have to begin anew: that is said."""
-    result = carry_over(moved, passes, done)
+def carry(system, moved, done, steps):
+    """Carry out steps that make the packets to some destinations change devices, and carry their connections over; -> the number of those.
+
+    What could not be carried over loses a packet and may have to begin anew, and where the kernel has no detour for packets one may be
+    lost that comes at the wrong moment: that is said.
+    """
+    result = carry_over(moved, done=done, switch=lambda: live.apply_steps(system, steps))
     if result["error"]:
         system.module.warn("masqueraded connections could not all be carried over to the other device (%d left): %s"
                            % (result["left"], result["error"]))
+    elif result["exposed"] and not result["detoured"]:
+        system.module.warn("this kernel cannot lead packets around connections that are carried over (it has no connection tracking zones, "
+                           "or no nf_tables): of %d masqueraded connections other than TCP, a packet may have been lost" % result["exposed"])
     return result["replaced"]
 
 

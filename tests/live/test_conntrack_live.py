@@ -332,12 +332,8 @@ def masqueraded(net, family="ipv4", tcp=False):
 
 
 def move(net, carried):
-    """The switch as the module routes does it, with or without carrying over; -> the result of both rounds."""
-    if not carried:
-        net.in_node("switch()")
-        return None
-    return net.in_node("done = set()\nfirst = _conntrack.carry_over(CIDRS, done=done)\nswitch()\n"
-                       "print([first, _conntrack.carry_over(CIDRS, passes=1, done=done)])")
+    """The switch as the module routes does it, with or without carrying over; -> the result."""
+    return net.in_node("print(_conntrack.carry_over(CIDRS, switch=switch))" if carried else "switch()")
 
 
 # --- nothing lost, nothing reset ---------------------------------------------------------------------------------------------------------
@@ -355,7 +351,7 @@ def test_ping_that_is_masqueraded(net, family, carried):
     assert sent == 250 and net.received("peer", "mesh0") > before + 10, "nothing went the new way"
     if carried:
         assert received == sent
-        assert result == [dict(NOTHING, replaced=1, guarded=True, detoured=True), NOTHING]
+        assert result == dict(NOTHING, replaced=1, guarded=True, detoured=True)
         assert [reply for dummy, reply in masqueraded(net, family)] == [reply for dummy, reply in old], "same address, same identifier"
     else:
         assert received < sent, "the kernel drops one and forgets the connection: has it learnt to do better?"
@@ -373,7 +369,7 @@ def test_tcp_through_a_node_port(net, carried):
     if carried:
         assert said[0] == "alive" and int(said[2]) > 500
         assert net.received("peer", "mesh0") > before + 50, "nothing went the new way"
-        assert [entry["replaced"] for entry in result] == [1, 0] and not result[0]["error"]
+        assert result == dict(NOTHING, replaced=1, guarded=True, detoured=True)
         assert [reply for dummy, reply in masqueraded(net, tcp=True)] == [old[0][1]]
         assert net.invalid() == dropped
     else:
@@ -417,19 +413,42 @@ def test_200_times_in_a_row_under_load(net):
 
 # --- what may come in between ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("guarded", [True, False])
-def test_packets_between_delete_and_create(net, guarded):
+NO_GUARD, NO_DETOUR = ("_conntrack.%s.start = lambda self: None\n" % name for name in ("Guard", "Detour"))
+
+
+@pytest.mark.parametrize("without,alive", [("", True), (NO_GUARD, True), (NO_DETOUR, True), (NO_GUARD + NO_DETOUR, False)])
+def test_tcp_between_delete_and_create(net, without, alive):
+    """Detour and guard each keep a connection alive by itself."""
     client = net.python("ext", CLIENT, "203.0.113.1", NODE_PORT, 4)
-    unguarded = "" if guarded else "_conntrack.Guard.start = lambda self: None\n"
-    result = net.in_node("slowly(0.3)\n" + unguarded + "print(_conntrack.carry_over(CIDRS, passes=1))")
+    result = net.in_node("slowly(0.3)\n" + without + "print(_conntrack.carry_over(CIDRS, passes=1))")
     said = client.communicate(timeout=60)[0].split()
-    assert result["guarded"] == guarded
-    assert said[0] == ("alive" if guarded else "reset")
-    if guarded:
-        assert result["replaced"] == 1 and int(said[2]) > 500
+    assert (result["guarded"], result["detoured"]) == (NO_GUARD not in without, NO_DETOUR not in without)
+    assert said[0] == ("alive" if alive else "reset")
+    if alive:
+        assert result["replaced"] == 1 and result["exposed"] == 0 and int(said[2]) > 500
 
 
-def test_udp_between_delete_and_create(net):
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+def test_ping_between_delete_and_create(net, family):
+    """Its identifier tells whether a connection of its own was made meanwhile, which nothing shows at either end."""
+    ping = net.start("pod", "ping", "-q", "-n", "-i", "0.005", "-c", "600", PEER_POD[family])
+    wait_for(lambda: masqueraded(net, family), "the connection of ping")
+    result, found = net.in_node("""
+slowly(0.3)
+at_once, found = _conntrack.Conntrack.exchange, []
+def exchange(self, family, requests):
+    found.extend(entries(%d))
+    return at_once(self, family, requests)
+_conntrack.Conntrack.exchange = exchange
+print((_conntrack.carry_over(CIDRS, passes=1), found))
+""" % (2 if family == "ipv4" else 10))
+    assert " 0% packet loss" in ping.communicate(timeout=60)[0]
+    assert result == dict(NOTHING, replaced=1, guarded=True, detoured=True)
+    assert {one["zone"] for one in found} == {None, 51840} and len({one["reply"]["icmp"] for one in found}) == 1
+
+
+@pytest.mark.parametrize("led", [True, False])
+def test_udp_between_delete_and_create(net, led):
     """Answers in between make a connection of their own, which would swallow all that follow."""
     server = net.python("peer", UDP_SERVER, PEER_POD["ipv4"], POD_PORT)
     client = net.start("pod", sys.executable, "-u", "-c", (
@@ -438,23 +457,129 @@ def test_udp_between_delete_and_create(net):
         "s.connect(('10.244.2.2', %d))\n"
         "s.settimeout(5)\n"
         "s.send(b'x')\n"
-        "ports, times = set(), []\n"
-        "end = time.monotonic() + 2\n"
+        "ports, count = set(), 0\n"
+        "end = time.monotonic() + 4\n"
         "try:\n"
-        "    while time.monotonic() < end:\n"
+        "    while time.monotonic() < end and count < 100:\n"
         "        ports.add(s.recv(100))\n"
-        "        times.append(time.monotonic())\n"
+        "        count += 1\n"
         "except socket.timeout:\n"
         "    pass\n"
-        "print(len(ports), len(times), max(b - a for a, b in zip(times, times[1:])) > 0.3)\n") % POD_PORT)
+        "print(len(ports), count)\n") % POD_PORT)
     wait_for(lambda: masqueraded(net), "the connection of UDP")
     old = masqueraded(net)
-    assert net.in_node("slowly(0.4)\nprint(_conntrack.carry_over(CIDRS, passes=1))")["replaced"] == 1
-    # one port all the time, a gap, and answers behind it
-    ports, answers, gap = client.communicate(timeout=60)[0].split()
+    script = "slowly(0.4)\n" + ("" if led else NO_DETOUR) + "print(_conntrack.carry_over(CIDRS, passes=1))"
+    assert net.in_node(script)["replaced"] == 1
+    # one port all the time, and all of the answers or what came before and behind the gap
+    ports, answers = client.communicate(timeout=60)[0].split()
     net.stop(server)
-    assert (ports, gap) == ("1", "True") and int(answers) > 50
+    assert ports == "1" and (int(answers) == 100 if led else 50 < int(answers) < 100)
     assert [reply for dummy, reply in masqueraded(net)] == [old[0][1]]
+
+
+# --- the detour --------------------------------------------------------------------------------------------------------------------------
+
+def test_what_is_led_where(net):
+    """The rules as nft reads them, and what they do: a packet is counted by the copy while it is led, and by the entry before and after."""
+    net.exec("pod", "ping", "-q", "-n", "-c", "1", PEER_POD["ipv4"])
+    shown, inside, copies = net.in_node("""
+detour, client = _conntrack.Detour(), _conntrack.Conntrack()
+detour.start()
+(entry,) = entries()
+assert client.copy(entry) and client.copy(entry), "also where one was left"
+assert detour.lead([entry])
+shown = subprocess.run(["nft", "list", "table", "inet", "kubemesh-detour"], capture_output=True, text=True).stdout
+inside = [one["zone"] for one in entries()]
+assert detour.release()
+client.remove_copy(entry)
+detour.stop()
+print((shown, inside, [one["zone"] for one in entries()]))
+""")
+    assert sorted(inside, key=str) == [51840, None] and copies == [None]
+    for line in ("\tmeta l4proto != icmp ip saddr . ip daddr . meta l4proto . th sport . th dport @ipv4 ct zone set 51840",
+                 "\tip saddr . ip daddr . meta l4proto . icmp id . th sport @ipv4 ct zone set 51840",
+                 "\tmeta l4proto != ipv6-icmp ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport @ipv6 ct zone set 51840",
+                 "\tip6 saddr . ip6 daddr . meta l4proto . icmpv6 id . th sport @ipv6 ct zone set 51840",
+                 "type ipv6_addr . ipv6_addr . inet_proto . inet_service . inet_service", "priority -399", "timeout 30s"):
+        assert line in shown, shown
+    assert shown.count("ct zone set") == 8
+    assert "kubemesh" not in tables(net)
+
+
+def test_a_detour_ends_with_its_process(net):
+    """Killed while packets are led: they find their entry, which is there, and go on."""
+    ping = net.start("pod", "ping", "-q", "-n", "-i", "0.002", "-c", "600", PEER_POD["ipv4"])
+    wait_for(lambda: masqueraded(net), "the connection of ping")
+    old = masqueraded(net)
+    assert net.in_node("""
+import os
+detour, client = _conntrack.Detour(), _conntrack.Conntrack()
+detour.start()
+(entry,) = entries()
+print(client.copy(entry) and detour.lead([entry]) and "kubemesh-detour" in tables(), flush=True)
+time.sleep(0.2)
+os._exit(0)
+""")
+    assert "kubemesh" not in tables(net)
+    assert " 0% packet loss" in ping.communicate(timeout=60)[0]
+    # the copy is left, ends by itself, and hinders nobody
+    assert len(masqueraded(net)) == 2
+    assert net.in_node("print(_conntrack.carry_over(CIDRS))") == dict(NOTHING, replaced=1, guarded=True, detoured=True)
+    assert [reply for dummy, reply in masqueraded(net)] == [old[0][1]]
+
+
+def test_what_an_older_kernel_keeps_of_a_detour_ends(net):
+    """Without owner the table stays; its elements end before the copies do."""
+    ping = net.start("pod", "ping", "-q", "-n", "-i", "0.01", "-c", "300", PEER_POD["ipv4"])
+    wait_for(lambda: masqueraded(net), "the connection of ping")
+    net.in_node("""
+_nft_netlink.NFT_TABLE_F_OWNER, _conntrack_detour.LIFETIME = 0x80, 1
+detour, client = _conntrack.Detour(), _conntrack.Conntrack()
+detour.start()
+(entry,) = entries()
+assert client.copy(entry) and detour.lead([entry])
+client.exchange(2, [(2, 0, _conntrack.delete_attributes(entry))])
+""")
+    assert "kubemesh-detour" in tables(net) and [one["zone"] for one in net.in_node("print(entries())")] == [51840]
+    assert " 0% packet loss" in ping.communicate(timeout=60)[0]
+    assert {one["zone"] for one in net.in_node("print(entries())")} == {None, 51840}, "the packets are led no more"
+    net.in_node("detour = _conntrack.Detour()\ndetour.start()\ndetour.stop()")
+    assert "kubemesh" not in tables(net)
+
+
+def test_an_end_that_is_led_around_is_told(net):
+    """A connection that is closed while its packets find the copy must not stay established for days."""
+    client = net.python("ext", CLIENT, "203.0.113.1", NODE_PORT, 0.5)
+    before, after = net.in_node("""
+at_once = _conntrack.Conntrack.replace
+def replace(self, connection):
+    time.sleep(2)
+    return at_once(self, connection)
+_conntrack.Conntrack.replace = replace
+before = tcp_entries()
+assert _conntrack.carry_over(CIDRS, passes=1)["replaced"] == 1
+print([[(one["tcp"]["state"], one["timeout"]) for one in many] for many in (before, tcp_entries())])
+""")
+    client.wait(timeout=20)
+    assert [state for state, dummy in before] == [3]
+    assert [state != 3 and timeout <= 120 for state, timeout in after] == [True], after
+
+
+def test_more_than_are_led_at_once(net):
+    """Several rounds of the detour, both families, and none left."""
+    result, left = net.in_node("""
+_conntrack.CAPACITY = 4
+import socket
+for family, host in ((2, "10.244.2.2"), (10, "fd00:2::2")):
+    for port in range(9):
+        with socket.socket(family, socket.SOCK_DGRAM) as one:
+            one.bind(("10.244.1.1" if family == 2 else "fd00:1::1", 0))
+            one.sendto(b"x", (host, 7000 + port))
+result = _conntrack.carry_over(CIDRS, passes=1)
+print((result, [one["zone"] for family in (2, 10) for one in entries(family)]))
+""")
+    assert result == dict(NOTHING, replaced=18, guarded=True, detoured=True)
+    assert left == [None] * 18
 
 
 def test_a_connection_that_ended_stays_ended(net):
@@ -634,7 +759,7 @@ def test_what_an_older_kernel_leaves_is_harmless_and_goes(net):
     assert "kubemesh-carry" in tables(net)
     # a connection in the middle that nobody knows: dropped by a guard that is in force
     client = net.python("ext", CLIENT, "203.0.113.1", NODE_PORT, 2)
-    net.in_node("slowly(0.3)\n_conntrack.Guard.start = lambda self: None\n_conntrack.carry_over(CIDRS, passes=1)")
+    net.in_node("slowly(0.3)\n" + NO_GUARD + NO_DETOUR + "_conntrack.carry_over(CIDRS, passes=1)")
     assert client.communicate(timeout=60)[0].startswith("reset")
     net.in_node("guard = _conntrack_guard.Guard()\nguard.start()\nguard.stop()")
     assert "kubemesh" not in tables(net)
