@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _conntrack as ct
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _conntrack_guard, _nfnetlink
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _conntrack_detour, _conntrack_guard, _nfnetlink, _nft_netlink
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._nfnetlink import attribute, attributes, message, messages, nested
+from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.nft_fakes import NfSocket, batch_of
 
 with open(os.path.join(os.path.dirname(__file__), "..", "..", "fixtures", "conntrack", "conntrack.json"), encoding="utf-8") as handle:
     RECORDED = json.load(handle)
@@ -332,11 +333,18 @@ class Kernel:
             if self.between:
                 self.between(self, found)
             return 0, None
-        assert kind == ct.IPCTNL_MSG_CT_NEW and flags & _nfnetlink.NLM_F_EXCL
+        assert kind == ct.IPCTNL_MSG_CT_NEW
+        info = attributes(attributes(parts.get(ct.CTA_PROTOINFO, b"")).get(ct.CTA_PROTOINFO_TCP, b""))
+        if not flags & _nfnetlink.NLM_F_CREATE:
+            found = self.find({kind: content for kind, content in parts.items() if kind != ct.CTA_ID})
+            found["timeout"] = struct.unpack("!I", parts[ct.CTA_TIMEOUT])[0]
+            if info:
+                found["tcp"] = dict(found["tcp"], state=info[1][0])
+            return 0, None
+        assert flags & _nfnetlink.NLM_F_EXCL
         self.log.append(("new", None))
         if self.refuse_new:
             return self.refuse_new, None
-        info = attributes(attributes(parts.get(ct.CTA_PROTOINFO, b"")).get(ct.CTA_PROTOINFO_TCP, b""))
         return self.add({
             "orig": ct.decode_tuple(parts[ct.CTA_TUPLE_ORIG]), "reply": after_translation(parts),
             "status": struct.unpack("!I", parts[ct.CTA_STATUS])[0] | ct.IPS_SRC_NAT,
@@ -385,8 +393,8 @@ class Begun:
         kernel.begun = []
         kernel.sockets += 1
 
-    def read(self):
-        begun, self.kernel.begun = self.kernel.begun, []
+    def read(self, known):
+        begun, self.kernel.begun = [entry for entry in self.kernel.begun if entry["id"] not in known], []
         lost, self.kernel.lost = self.kernel.lost, max(0, self.kernel.lost - 1)
         return [ct.decode_connection(2 if len(entry["orig"]["src"]) == 4 else 10, self.kernel.packed(entry)) for entry in begun], not lost
 
@@ -397,7 +405,9 @@ class Begun:
         self.kernel.sockets -= 1
 
 
-class NoGuard:
+class NoTable:
+    """Guard or detour, without its table. ``started``, ``stopped``: of all that there are."""
+
     started = stopped = 0
 
     def __init__(self):
@@ -412,16 +422,49 @@ class NoGuard:
         self.active = False
 
 
+class NoGuard(NoTable):
+    pass
+
+
+class NoDetour(NoTable):
+    """``offered``: whether the kernel has one. ``log``: what was led, as ids, and what was released. ``leads``: whether that works."""
+
+    offered = leads = True
+    log = []
+
+    def start(self):
+        super().start()
+        self.active = self.offered
+
+    def lead(self, connections):
+        self.log.append([one["id"] for one in connections])
+        self.active = self.leads
+        return self.active
+
+    def release(self):
+        self.log.append("released")
+        return True
+
+
 @pytest.fixture
 def kernel(monkeypatch):
     """A kernel with the recorded connections."""
     it = Kernel([entry for dummy, entry, dummy2 in recorded()])
     monkeypatch.setattr(ct, "open_socket", lambda: Socket(it))
     monkeypatch.setattr(ct, "Guard", NoGuard)
+    monkeypatch.setattr(ct, "Detour", NoDetour)
     monkeypatch.setattr(ct, "Begun", lambda: Begun(it))
-    NoGuard.started = NoGuard.stopped = 0
+    for table in (NoGuard, NoDetour):
+        monkeypatch.setattr(table, "started", 0)
+        monkeypatch.setattr(table, "stopped", 0)
+    monkeypatch.setattr(NoDetour, "log", [])
     yield it
-    assert it.sockets == 0 and NoGuard.started == NoGuard.stopped
+    assert it.sockets == 0 and (NoGuard.started, NoDetour.started) == (NoGuard.stopped, NoDetour.stopped)
+    assert not any(entry["zone"] == _conntrack_detour.ZONE for entry in it.entries), "no copy is left"
+
+
+def result_of(**changes):
+    return dict({"replaced": 0, "left": 0, "guarded": False, "detoured": False, "exposed": 0, "error": ""}, **changes)
 
 
 CIDRS = ["10.244.2.0/24", "fd00:2::/64"]
@@ -437,13 +480,13 @@ def test_all_of_them_once(kernel):
     before, ids = shape(kernel), {entry["id"] for entry in kernel.entries}
     done = set()
     result = ct.carry_over(CIDRS, done=done)
-    assert result == {"replaced": 5, "left": 0, "guarded": True, "error": ""}
+    assert result == result_of(replaced=5, guarded=True, detoured=True, exposed=2)
     assert shape(kernel) == before
     kept = {entry["id"] for entry in kernel.entries} & ids
     assert len(kept) == len(ids) - 5 and len(done) == 5
     assert NoGuard.started == 1
     # and not a second time
-    assert ct.carry_over(CIDRS, passes=1, done=done) == {"replaced": 0, "left": 0, "guarded": False, "error": ""}
+    assert ct.carry_over(CIDRS, passes=1, done=done) == result_of()
     assert NoGuard.started == 1, "no guard where nothing is replaced"
 
 
@@ -463,7 +506,7 @@ def test_what_begins_meanwhile_is_replaced_as_well(kernel):
         it.add(newcomer())
 
     kernel.between = packet
-    assert ct.carry_over(CIDRS, passes=1) == {"replaced": 6, "left": 0, "guarded": True, "error": ""}
+    assert ct.carry_over(CIDRS, passes=1) == result_of(replaced=6, guarded=True, detoured=True, exposed=2)
 
 
 def test_what_the_kernel_could_not_tell_is_found_by_one_more_pass(kernel):
@@ -513,8 +556,13 @@ def test_another_connection_of_the_same_addresses_is_not_touched(kernel):
     client.close()
 
 
+@pytest.fixture
+def no_detour(monkeypatch):
+    monkeypatch.setattr(NoDetour, "offered", False)
+
+
 @pytest.mark.parametrize("direction", ["orig", "reply"])
-def test_a_packet_in_between(kernel, direction):
+def test_a_packet_in_between(kernel, no_detour, direction):
     """It made a connection of its own, of the request (with another port) or of the answer."""
     def packet(it, gone):
         it.between = None
@@ -530,11 +578,11 @@ def test_a_packet_in_between(kernel, direction):
 
     before = shape(kernel)
     kernel.between = packet
-    assert ct.carry_over(CIDRS) == {"replaced": 5, "left": 0, "guarded": True, "error": ""}
+    assert ct.carry_over(CIDRS) == result_of(replaced=5, guarded=True, exposed=4)
     assert shape(kernel) == before
 
 
-def test_packets_that_do_not_stop_coming(kernel):
+def test_packets_that_do_not_stop_coming(kernel, no_detour):
     """Given up after a few times, and nothing is said to be wrong: the connection is there, only not this one."""
     def packet(it, gone):
         if gone["orig"]["proto"] == 17 and len(gone["orig"]["src"]) == 4:
@@ -550,7 +598,7 @@ def test_packets_that_do_not_stop_coming(kernel):
 def test_a_kernel_that_refuses_says_so(kernel):
     kernel.refuse_new = errno.EOPNOTSUPP
     result = ct.carry_over(CIDRS, passes=1)
-    assert result == {"replaced": 0, "left": 5, "guarded": True, "error": os.strerror(errno.EOPNOTSUPP)}
+    assert result == result_of(left=5, guarded=True, detoured=True, error=os.strerror(errno.EOPNOTSUPP))
 
 
 def test_an_error_of_the_dump_is_reported(kernel, monkeypatch):
@@ -580,15 +628,118 @@ def test_a_kernel_without_ctnetlink(monkeypatch):
     assert result["replaced"] == 0 and "Protocol not supported" in result["error"]
 
 
+# --- the detour --------------------------------------------------------------------------------------------------------------------------
+
+def test_all_that_can_be_led_are_led_while_they_are_replaced(kernel):
+    """Those in zones of others cannot."""
+    states = {}
+
+    def packet(it, gone):
+        if gone["zone"] != _conntrack_detour.ZONE:
+            copies = [entry for entry in it.entries if entry["zone"] == _conntrack_detour.ZONE and entry["orig"] == gone["orig"]]
+            states[gone["id"]] = [(bool(entry["status"] & ct.IPS_FIXED_TIMEOUT), entry["reply"] == gone["reply"]) for entry in copies]
+
+    kernel.between = packet
+    ids = {entry["id"]: ct.has_no_zone(entry) for entry in kernel.entries if ct.must_move(entry, NETWORKS)}
+    assert ct.carry_over(CIDRS, passes=1)["exposed"] == 2
+    assert states == {number: [(True, True)] if led else [] for number, led in ids.items()}
+    assert sorted(sum(NoDetour.log[0::2], [])) == [number for number, led in sorted(ids.items()) if led]
+    assert set(NoDetour.log[1::2]) == {"released"}
+
+
+@pytest.mark.parametrize("name", ["offered", "leads"])
+def test_without_a_detour_all_are_replaced_nevertheless(kernel, monkeypatch, name):
+    monkeypatch.setattr(NoDetour, name, False)
+    assert ct.carry_over(CIDRS) == result_of(replaced=5, guarded=True, exposed=4)
+    # One that does not work once is not tried again.
+    assert len(NoDetour.log) == (0 if name == "offered" else 2)
+
+
+def test_no_more_at_once_than_can_be_led(kernel, monkeypatch):
+    monkeypatch.setattr(ct, "CAPACITY", 1)
+    assert ct.carry_over(CIDRS)["replaced"] == 5
+    assert [len(entry) for entry in NoDetour.log[0::2]] == [1, 1, 1]
+
+
+def test_what_begins_while_others_are_led_is_replaced_at_once_in_the_end(kernel):
+    """Each detour takes its time, in which the next connection begins: the last one is led around nothing."""
+    ports = iter(range(2000, 2100))
+
+    def packet(it, gone):
+        if gone["zone"] == _conntrack_detour.ZONE and gone["orig"]["proto"] == 17 and len(gone["orig"]["src"]) == 4:
+            fresh, port = newcomer(), next(ports)
+            it.add(dict(fresh, orig=dict(fresh["orig"], ports=(port, 53)), reply=dict(fresh["reply"], ports=(53, port))))
+
+    kernel.between = packet
+    # One in the dump and one for each time that was read but the last, which is the one that is not led.
+    assert ct.carry_over(CIDRS, passes=1) == result_of(replaced=5 + ct.READS, guarded=True, detoured=True, exposed=2 + 1)
+
+
+def test_the_end_of_a_connection_that_its_copy_saw(kernel):
+    def packet(it, gone):
+        if gone["zone"] != _conntrack_detour.ZONE and gone["tcp"]:
+            copy = next(entry for entry in it.entries if entry["zone"] == _conntrack_detour.ZONE and entry["tcp"])
+            copy["tcp"] = {"state": 4}
+
+    kernel.between = packet
+    assert ct.carry_over(CIDRS)["replaced"] == 5
+    entry = next(entry for entry in kernel.entries if entry["orig"] == one("tcp", state=3)["orig"])
+    assert (entry["tcp"]["state"], entry["timeout"]) == (4, ct.CLOSING_LIFETIME)
+
+
+def test_a_copy_that_a_killed_run_left(kernel):
+    left = one("udp")
+    kernel.add(dict(ct.copy_of(left)))
+    assert ct.carry_over(CIDRS) == result_of(replaced=5, guarded=True, detoured=True, exposed=2)
+    assert sum(left["id"] is not None for left in kernel.entries) == len(kernel.entries)
+
+
+def test_an_entry_that_is_about_to_time_out_waits_for_its_turn(kernel):
+    """Its packets extend the life of the copy only."""
+    seen = []
+    for entry in kernel.entries:
+        entry["timeout"] = 2
+    kernel.between = lambda it, gone: seen.append((ct.has_no_zone(gone), gone["timeout"]))
+    ct.carry_over(CIDRS, passes=1)
+    assert {timeout for led, timeout in seen if led} == {ct.MINIMUM_LIFETIME}
+
+
+def test_the_switch_comes_when_all_are_replaced_and_before_anything_ends(kernel):
+    seen = []
+
+    def switch():
+        seen.append((NoGuard.stopped, NoDetour.stopped, kernel.sockets))
+        kernel.add(newcomer())
+
+    assert ct.carry_over(CIDRS, switch=switch)["replaced"] == 6, "and what came meanwhile is replaced after it"
+    assert seen == [(0, 0, 3)]
+
+
+def test_a_switch_that_fails_is_not_swallowed(kernel):
+    def switch():
+        raise OSError(errno.EPERM, "no")
+
+    with pytest.raises(OSError):
+        ct.carry_over(CIDRS, switch=switch)
+
+
+def test_a_switch_comes_whatever_becomes_of_the_rest(monkeypatch):
+    def refuse():
+        raise OSError(errno.EPROTONOSUPPORT, "Protocol not supported")
+
+    monkeypatch.setattr(ct, "open_socket", refuse)
+    seen = []
+    assert "Protocol not supported" in ct.carry_over(CIDRS, switch=lambda: seen.append(1))["error"] and seen == [1]
+
+
 # --- the guard ---------------------------------------------------------------------------------------------------------------------------
 
-def batch_of(data):
-    """[(type, sequence, attributes)]"""
-    return [(kind, sequence, attributes(body[4:])) for kind, sequence, body in messages(data)]
+def guard_transaction(flags):
+    return _nft_netlink.table_steps(_conntrack_guard.TABLE, flags) + _conntrack_guard.guard_steps(10 ** 18)
 
 
 def test_the_transaction_of_the_guard():
-    data, expected = _conntrack_guard.guard_batch(5, 2, 10 ** 18)
+    data, expected = _nft_netlink.batch(5, guard_transaction(2))
     found = batch_of(data)
     assert [kind for kind, dummy, dummy2 in found] == [0x10, 0xA00, 0xA02, 0xA00, 0xA03, 0xA06, 0xA03, 0xA06, 0x11]
     assert [sequence for dummy, sequence, dummy2 in found] == list(range(5, 14)) and expected == list(range(6, 13))
@@ -602,7 +753,7 @@ def test_the_transaction_of_the_guard():
 
 
 def test_the_guard_without_owner():
-    dummy, dummy2, parts = batch_of(_conntrack_guard.guard_batch(1, 0, 10 ** 18)[0])[3]
+    dummy, dummy2, parts = batch_of(_nft_netlink.batch(1, guard_transaction(0))[0])[3]
     assert parts == {1: b"kubemesh-carry\0"}
 
 
@@ -620,33 +771,9 @@ def test_the_rule_of_the_guard():
     assert [attributes(data[4])[1] for name, data in zip(names, datas) if name == "bitwise"] == [b"\x12", struct.pack("=I", 9)]
 
 
-class NfSocket:
-    """Answers transactions with the codes of a list, one per transaction: (place of the error or None for the whole batch, errno)."""
-
-    def __init__(self, codes):
-        self.codes = codes
-        self.sent = []
-        self.closed = False
-
-    def send(self, data):
-        self.sent.append(batch_of(data))
-
-    def recv(self, size):
-        place, code = self.codes.pop(0)
-        sequences = [sequence for kind, sequence, dummy in self.sent[-1] if kind not in (0x10, 0x11)]
-        if place is None:
-            answers = [(self.sent[-1][0][1], code)]
-        else:
-            answers = [(sequence, code if number == place else 0) for number, sequence in enumerate(sequences)]
-        return b"".join(struct.pack("=IHHIIi", 36, 2, 0, sequence, 0, -number) + b"\0" * 16 for sequence, number in answers)
-
-    def close(self):
-        self.closed = True
-
-
 def guard_with(monkeypatch, codes):
     handle = NfSocket(codes)
-    monkeypatch.setattr(_conntrack_guard, "open_socket", lambda: handle)
+    monkeypatch.setattr(_nft_netlink, "open_socket", lambda: handle)
     return _conntrack_guard.Guard(), handle
 
 
@@ -680,7 +807,7 @@ def test_no_netfilter_no_guard(monkeypatch):
     def refuse():
         raise OSError(errno.EPROTONOSUPPORT, "Protocol not supported")
 
-    monkeypatch.setattr(_conntrack_guard, "open_socket", refuse)
+    monkeypatch.setattr(_nft_netlink, "open_socket", refuse)
     guard = _conntrack_guard.Guard()
     guard.start()
     guard.stop()
@@ -702,10 +829,9 @@ def test_a_guard_ends_even_if_the_kernel_is_silent(monkeypatch):
 def test_the_deadline_lies_ahead(monkeypatch):
     monkeypatch.setattr(_conntrack_guard.time, "time", lambda: 1763874000.9)
     seen = []
-    monkeypatch.setattr(_conntrack_guard.Guard, "_send", lambda self, make, flags, deadline: seen.append(deadline) or 0)
-    monkeypatch.setattr(_conntrack_guard, "open_socket", lambda: NfSocket([]))
+    monkeypatch.setattr(_conntrack_guard.Guard, "put_up", lambda self, steps: seen.append(steps))
     _conntrack_guard.Guard().start()
-    assert seen == [(1763874000 + _conntrack_guard.LIFETIME) * 10 ** 9]
+    assert seen == [_conntrack_guard.guard_steps((1763874000 + _conntrack_guard.LIFETIME) * 10 ** 9)]
 
 
 def test_names_in_the_fixture_are_those_of_the_lab():
