@@ -58,6 +58,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._nfnetlink impo
     open_socket,
 )
 
+PACKED_ZONE = struct.pack("!H", ZONE)
 NFNL_SUBSYS_CTNETLINK = 1
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 NFNLGRP_CONNTRACK_NEW = 1
@@ -511,8 +512,9 @@ class Begun:
                 complete = False
                 continue
             for dummy, dummy2, body in messages(data):
-                # Most of them are those that we made.
-                if attributes(body[4:]).get(CTA_ID) not in known:
+                parts = attributes(body[4:])
+                # Most of them are those that we made, and decoding costs more than all the rest.
+                if parts.get(CTA_ID) not in known and parts.get(CTA_ZONE) != PACKED_ZONE:
                     found.append(decode_connection(struct.unpack_from("=B", body)[0], body[4:]))
 
     def forget(self):

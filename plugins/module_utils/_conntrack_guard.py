@@ -6,16 +6,16 @@
 # This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
 """Keeps TCP connections alive while `_conntrack` replaces their entries.
 
-An entry is gone for about a microsecond before its replacement is there. A packet that arrives just then belongs to no connection: an
-answer is not translated back, reaches this host itself, and the host resets the connection; a request leaves with another source port,
+Where packets cannot be led around by `_conntrack_detour`, an entry is gone for microseconds before its replacement is there, or for as
+long as the processor is taken away just then. A packet that arrives in that time belongs to no connection: an answer is not translated back, reaches this host itself, and the host resets the connection; a request leaves with another source port,
 and the peer resets the connection. Measured, on eight connections under load whose entries were replaced 40,000 times within six
 seconds: all eight were reset, in each of three runs; with the guard none was.
 
 So for the time of the replacing, a table of nf_tables drops TCP packets that belong to no connection and do not open one. TCP sends
 them again. Nothing that belongs to a connection, and no new connection, is touched.
 
-The table ends with its socket, however this process ends, where the kernel can do that (5.12 and newer); and its rules do nothing after
-`LIFETIME`, so that a table left behind by an older kernel is harmless. The next guard removes it.
+The table ends with its socket where the kernel can do that (5.12 and newer); and its rules do nothing after `LIFETIME`, so that a table
+left behind by an older kernel is harmless. The next guard removes it.
 
 Source: include/uapi/linux/netfilter/nf_tables.h.
 """
@@ -49,7 +49,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._nft_netlink im
 )
 
 TABLE = "kubemesh-carry"
-# Seconds. 50,000 connections took 12 s of processor time, and 91 s on a machine with six other things to do.
+# Seconds. 50,000 connections took 15 s of processor time; with less to do for each, they took 91 s on a machine with six other things.
 LIFETIME = 300
 
 NFT_META_TIME_NS = 30

@@ -309,8 +309,8 @@ def carry(system, moved, done, steps):
         system.module.warn("masqueraded connections could not all be carried over to the other device (%d left): %s"
                            % (result["left"], result["error"]))
     elif result["exposed"] and not result["detoured"]:
-        system.module.warn("this kernel cannot lead packets around connections that are carried over (it has no connection tracking zones, "
-                           "or no nf_tables): of %d masqueraded connections other than TCP, a packet may have been lost" % result["exposed"])
+        system.module.warn("this kernel cannot lead packets around connections that are carried over, having no connection tracking zones "
+                           "or no nf_tables: of %d masqueraded connections other than TCP, a packet may have been lost" % result["exposed"])
     return result["replaced"]
 
 

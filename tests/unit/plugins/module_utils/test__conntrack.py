@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -643,7 +644,7 @@ def test_all_that_can_be_led_are_led_while_they_are_replaced(kernel):
     ids = {entry["id"]: ct.has_no_zone(entry) for entry in kernel.entries if ct.must_move(entry, NETWORKS)}
     assert ct.carry_over(CIDRS, passes=1)["exposed"] == 2
     assert states == {number: [(True, True)] if led else [] for number, led in ids.items()}
-    assert sorted(sum(NoDetour.log[0::2], [])) == [number for number, led in sorted(ids.items()) if led]
+    assert sorted(itertools.chain(*NoDetour.log[0::2])) == [number for number, led in sorted(ids.items()) if led]
     assert set(NoDetour.log[1::2]) == {"released"}
 
 
