@@ -621,8 +621,8 @@ class Carrier:
             newcomers.extend(one for one in found if self.concerns(one))
             return all_of_them
 
+        some = []
         for family in self.families:
-            some = []
             for connection in reader.dump(family, self.done):
                 if self.concerns(connection):
                     some.append(connection)
@@ -630,7 +630,7 @@ class Carrier:
                     self.replace_all(some)
                     some = []
                     complete = listen() and complete
-            self.replace_all(some)
+        self.replace_all(some)
         for number in range(READS):
             complete = listen() and complete
             if not newcomers:

@@ -7,9 +7,10 @@
 """Keeps TCP connections alive while `_conntrack` replaces their entries.
 
 Where packets cannot be led around by `_conntrack_detour`, an entry is gone for microseconds before its replacement is there, or for as
-long as the processor is taken away just then. A packet that arrives in that time belongs to no connection: an answer is not translated back, reaches this host itself, and the host resets the connection; a request leaves with another source port,
-and the peer resets the connection. Measured, on eight connections under load whose entries were replaced 40,000 times within six
-seconds: all eight were reset, in each of three runs; with the guard none was.
+long as the processor is taken away just then. A packet that arrives in that time belongs to no connection: an answer is not translated
+back, reaches this host itself, and the host resets the connection; a request leaves with another source port, and the peer resets the
+connection. Measured, on eight connections under load whose entries were replaced 40,000 times within six seconds: all eight were reset,
+in each of three runs; with the guard none was.
 
 So for the time of the replacing, a table of nf_tables drops TCP packets that belong to no connection and do not open one. TCP sends
 them again. Nothing that belongs to a connection, and no new connection, is touched.
