@@ -557,17 +557,22 @@ class Carrier:
                 complete = self.run_pass()
         except (OSError, struct.error) as exc:
             self.result["error"] = "connection tracking failed: %s" % exc
+            # What comes next does not read the answers to this.
+            self.disconnect()
 
     def close(self):
         if self.started:
             self.detour.stop()
             self.guard.stop()
-        for client in self.clients:
-            client.close()
+        self.disconnect()
+
+    def disconnect(self):
+        while self.clients:
+            self.clients.pop().close()
 
     def concerns(self, connection):
         """Whether a connection is one of those that must move and have not been replaced."""
-        return (connection["id"] not in self.done and connection["family"] in self.families and must_move(connection, self.networks))
+        return connection["id"] not in self.done and connection["family"] in self.families and must_move(connection, self.networks)
 
     def replace_all(self, connections, led=True):
         """Replace connections, as many at a time as can be led around.

@@ -716,6 +716,13 @@ def test_the_switch_comes_when_all_are_replaced_and_before_anything_ends(kernel)
     assert seen == [(0, 0, 3)]
 
 
+def test_what_failed_before_the_switch_is_tried_again_behind_it(kernel, monkeypatch):
+    at_once = Socket.recv
+    monkeypatch.setattr(Socket, "recv", lambda self, size: struct.pack("=IHHIIi", 36, 2, 0, 1, 0, -errno.EBUSY) + b"\0" * 16)
+    result = ct.carry_over(CIDRS, switch=lambda: monkeypatch.setattr(Socket, "recv", at_once))
+    assert result["replaced"] == 5 and os.strerror(errno.EBUSY) in result["error"]
+
+
 def test_a_switch_that_fails_is_not_swallowed(kernel):
     def switch():
         raise OSError(errno.EPERM, "no")
