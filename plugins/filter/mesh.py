@@ -13,9 +13,12 @@ import hashlib
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, load_document
-from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import untrusted_results
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings, _status
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document
+from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted_results
+
+# Settings that are numbers.
+NUMBERS = ("table", "port", "rule_priority", "fwmark")
 
 # Names, and lines, that a message has room for.
 NAMES_SHOWN = 10
@@ -92,15 +95,46 @@ def all_findings(hosts, hostvars, exempt=()):
         for variable in ("__mesh_local", "__mesh_between"):
             found += list((hostvars[host].get(variable) or {}).get("findings") or [])
     found += node_list_findings(hosts, hostvars)
+    for host in hosts:
+        found += damage_findings(host, hostvars[host].get("__mesh_before") or {})
     computed = _first_value(hosts, hostvars, "__mesh_computed", lambda value: "members" in value or "missing" in value)
     found += [finding("warning", text) for text in computed.get("warnings") or []]
     reached = {host for host in hosts if "exists" in (hostvars[host].get("__mesh_before") or {})}
+    found += strict_findings([host for host in hosts if host in reached], hostvars, computed, exempt)
     for host in hosts if reached else ():
         if host not in reached:
             found.append(dict(
                 finding("warning", "host %s could not be reached, or failed before" % host),
                 remedy="mend that and run the playbook again: until then its pairs stay as they are, and a new node stays in clear"))
     return found + mismatch_findings(computed.get("missing") or {}, computed.get("previous_serial") is None, exempt)
+
+
+def damage_findings(host, before):
+    """That a mesh document cannot be read. It is written anew, but what only it knew is not known any more."""
+    return [
+        dict(finding("warning", "host %s: %s" % (host, text)),
+             remedy="this run writes it anew from the other nodes' and from what the nodes report; if all are damaged, run it on all nodes")
+        for text in before.get("warnings_of_mesh") or [] if text.startswith("/etc/kubemesh/mesh.json")]
+
+
+def strict_findings(hosts, hostvars, computed, exempt):
+    """That strict mode would drop what nodes send to each other that have different ideas of what belongs into the tunnel.
+
+    :param hosts: the hosts that were reached.
+    """
+    changes = sorted({
+        (before["encrypts"], hostvars[host]["__mesh_encrypt"])
+        for host, before in ((host, hostvars[host]["__mesh_before"]) for host in hosts)
+        if (before.get("guard") or {}).get("present") and before["encrypts"] in ("pods", "nodes")
+        and before["encrypts"] != hostvars[host].get("__mesh_encrypt", before["encrypts"])})
+    names = {hostvars[host].get("__mesh_name", host) for host in hosts}
+    missing = sorted((set(computed.get("members") or []) | set(computed.get("pending") or [])) - names - set(exempt))
+    if not changes or not missing:
+        return []
+    return [dict(
+        finding("error", "strict mode is on, and mesh_encrypt would change from %s to %s without these nodes, and what one side sends the "
+                "other would drop: %s" % (changes[0][0], changes[0][1], _shortened(missing))),
+        remedy="run it on all nodes; leave mesh_encrypt at %s; or name nodes that cannot take part in mesh_exempt_nodes" % changes[0][0])]
 
 
 def _first_value(hosts, hostvars, variable, usable):
@@ -250,27 +284,54 @@ def strict_obstacles(computed, hosts, hostvars, exempt):
     return found
 
 
-def in_use_conflicts(hosts, hostvars, settings):
-    """Why ``mesh_port`` and ``mesh_fwmark`` cannot be what they are set to: the mesh is in use with others. Lines of text.
+def settings_faults(hosts, hostvars, variable):
+    """What is wrong with the settings and the names of the hosts of a run, which they have in a variable. Lines of text."""
+    settings, found = {}, []
+    for host in hosts:
+        values = plain(hostvars[host][variable])
+        # ansible-core 2.18 makes text of numbers in a dict.
+        settings[host] = dict(values, **{name: int(values[name]) for name in NUMBERS if name in values})
+        try:
+            check_node_name(plain(hostvars[host]["__mesh_name"]))
+        except MeshError as exc:
+            found.append("host %s: mesh_node_name: %s; set it to the name of the Node object of this host" % (host, exc))
+    return _shortened_lines(found + _settings.settings_faults(settings))
+
+
+def in_use_conflicts(hosts, hostvars, settings, variable="__mesh_before"):
+    """Why settings cannot be what they are set to: the mesh is in use with others. Lines of text.
 
     A device that drifted is no conflict but is mended: the document has the port that all agreed on, the rule has the mark that counts.
 
-    :param settings: {"port", "fwmark"} that this run would set.
+    :param settings: {"interface": stem, "table"} that this run has, and {"port", "fwmark"} that it would set, if it sets them.
+    :param variable: where each host has its result of `mesh_info`.
     """
-    port, mark, found = int(settings["port"]), int(settings["fwmark"]), []
+    found = []
     for host in hosts:
-        before = hostvars[host].get("__mesh_before") or {}
-        live = [item for item in before.get("generations") or [] if item.get("listen_port") is not None]
-        agreed = ((before.get("document") or {}).get("ports") or {}).get("0")
-        other = agreed if agreed is not None else next(
-            (item["listen_port"] - int(item["generation"]) for item in live if item["listen_port"]), port)
-        if live and int(other) != port:
-            found.append(_in_use(host, "mesh_port", int(other), port))
-        used = _mark_in_use(before, live)
-        if used not in (None, mark):
-            found.append(_in_use(host, "mesh_fwmark", used, mark))
+        before = hostvars[host].get(variable) or {}
+        restored = before.get("restored") or {}
+        stems = sorted({name[:-1] for name in restored.get("devices") or []})
+        if stems and settings["interface"] not in stems:
+            found.append(_in_use(host, "mesh_interface", stems[0], settings["interface"]))
+        if restored.get("table") not in (None, int(settings["table"])):
+            found.append(_in_use(host, "mesh_table", restored["table"], int(settings["table"])))
+        found += _port_and_mark_conflicts(host, before, settings) if "port" in settings else []
     # They are the same on all hosts, mostly.
     return _shortened_lines(found)
+
+
+def _port_and_mark_conflicts(host, before, settings):
+    port, mark, found = int(settings["port"]), int(settings["fwmark"]), []
+    live = [item for item in before.get("generations") or [] if item.get("listen_port") is not None]
+    agreed = ((before.get("document") or {}).get("ports") or {}).get("0")
+    other = agreed if agreed is not None else next(
+        (item["listen_port"] - int(item["generation"]) for item in live if item["listen_port"]), port)
+    if live and int(other) != port:
+        found.append(_in_use(host, "mesh_port", int(other), port))
+    used = _mark_in_use(before, live)
+    if used not in (None, mark):
+        found.append(_in_use(host, "mesh_fwmark", used, mark))
+    return found
 
 
 def _mark_in_use(before, live):
@@ -283,8 +344,8 @@ def _mark_in_use(before, live):
 
 
 def _in_use(host, variable, used, wanted):
-    return ("host %s: the mesh is in use with %s %d, and this run has %d; it cannot be changed while it is in use: run the playbook "
-            "disable first, or leave it at %d" % (host, variable, used, wanted, used))
+    return ("host %s: the mesh is in use with %s %s, and this run has %s; it cannot be changed while it is in use: give this run %s=%s, or "
+            "run the playbook disable with that first" % (host, variable, used, wanted, variable, used))
 
 
 def old_generations(infos, target, computed):
@@ -341,6 +402,7 @@ class FilterModule:
             "probe_method": probe_method,
             "progress": progress,
             "all_findings": all_findings,
+            "settings_faults": settings_faults,
             "silent_nodes": silent_nodes,
             "in_use_conflicts": in_use_conflicts,
             "keys_due": keys_due,

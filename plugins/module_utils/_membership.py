@@ -717,6 +717,20 @@ def _check_previous(candidates, previous, options, problems, warnings):
                         % name_list(again))
 
 
+def _check_pod_cidrs(nodes, previous, problems, warnings):
+    """Does anybody have a pod CIDR? A query that matches nothing, or a cluster that has none, would leave all traffic of pods in clear."""
+    takes_part = {name for name, entry in nodes.items() if entry["state"] != "excluded"}
+    if not takes_part or any(nodes[name]["pod_cidrs"] for name in takes_part):
+        return
+    lost = {name for name in takes_part if previous is not None and previous["nodes"].get(name, {}).get("pod_cidrs")}
+    if lost:
+        problems.append("no node has a pod CIDR any more, and %s had one in the last mesh document: all traffic of pods would go in clear;"
+                        " correct pod_cidrs_query or mesh_pod_cidrs; if it is meant, run the playbook disable first" % name_list(lost))
+    else:
+        warnings.append("no node has a pod CIDR: traffic of pods goes in clear; set mesh_pod_cidrs for each host, or a pod_cidrs_query that"
+                        " finds them in the Node objects")
+
+
 def _kept_nodes(candidates, previous, options, warnings):
     """Entries of the last document that an incomplete list does not have (I4)."""
     present = {candidate["name"] for candidate in candidates}
@@ -777,6 +791,7 @@ def build_document(members, keys, previous, options=None):
     for candidate in sorted(members, key=lambda member: member["name"]):
         name = candidate["name"]
         nodes[name] = _entry(candidate, options["settings"].get(name), keys.get(name, {}), before.get(name), options, problems, warnings)
+    _check_pod_cidrs(nodes, previous, problems, warnings)
     unknown = sorted(set(options["exclude_nodes"]) - set(nodes))
     if unknown:
         warnings.append("exclude_nodes: %s is not a node of this cluster" % name_list(unknown))

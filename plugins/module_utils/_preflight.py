@@ -485,7 +485,7 @@ def findings_table(found, width=120):
         for parts in itertools.zip_longest(*(_wrapped(cell, size) for cell, size in zip(row, widths)), fillvalue=""):
             lines.append("  ".join(part.ljust(size) for part, size in zip(parts, widths)).rstrip())
     levels = [item["level"] for item, dummy in grouped(found)]
-    lines.append("%d errors, %d warnings" % (levels.count("error"), levels.count("warning")))
+    lines.append(", ".join("%d %s%s" % (levels.count(level), level, "" if levels.count(level) == 1 else "s") for level in LEVELS))
     return lines
 
 

@@ -50,6 +50,14 @@ def stored_routes():
     return routes
 
 
+def stored_table():
+    """The first table that the rules of the files that restore them at boot point to, None where there are none."""
+    tables = set()
+    for path in RULES_FILES.values():
+        tables |= plan.tables_of_rules(read_text(path) or "")
+    return min(tables) if tables else None
+
+
 def apply_steps(system, steps):
     """Carry out steps in their order; runs of steps on routes of one family, or on rules, are one message or process each."""
     for what, run in itertools.groupby(steps, key=lambda step: step["route"]["family"] if "route" in step else ""):

@@ -287,6 +287,12 @@ def rules_text(state, family):
     return BATCH_HEADER + "".join("rule add %s\n" % rule_text(rule) for rule in state["rules"] if rule["family"] == family)
 
 
+def tables_of_rules(text):
+    """The tables that the rules of a file made by `rules_text` point to."""
+    lines = [line.split() for line in text.splitlines()]
+    return {int(words[-1]) for words in lines if words[:2] == ["rule", "add"] and words[-2:-1] == ["lookup"] and words[-1].isdigit()}
+
+
 def routes_of_batch(text, family):
     """The routes of a file made by `batch_text`, with their peers; lines that are not ours are left out."""
     routes = []

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _keys
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
@@ -134,10 +135,11 @@ def x25519_public_key(raw, run_command=None):
 
     The last resort is the ladder of RFC 7748, section 5 in plain Python. It does not take the same time for every key, so somebody on
     this node who can measure a root process very exactly would learn a little. It is for reading userspace devices (they report only the
-    private key) on nodes that have neither the Python library cryptography nor a ``run_command`` to start ``wg`` with.
+    private key) on nodes that have neither the Python library cryptography nor ``wg``, or no ``run_command`` to start it with.
     """
     try:
-        return _keys.public_key_of(raw, run_command, "wg" if run_command else None)
+        # A command that is not there would end the module.
+        return _keys.public_key_of(raw, run_command, shutil.which("wg") if run_command else None)
     except MeshError:
         return _keys.encode_key(_ladder(raw))
 

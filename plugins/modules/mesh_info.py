@@ -121,6 +121,21 @@ generations:
       routes: 8
       listen_port: 51840
       fwmark: 4096
+restored:
+  description:
+    - What files of the mesh restore at boot, whatever O(interface) and O(table) say. A mesh that was made with other settings is found by it.
+  returned: always
+  type: dict
+  contains:
+    devices:
+      description: Names of mesh devices.
+      type: list
+      elements: str
+      sample: [wgmesh0]
+    table:
+      description: The first routing table, null where no rules are restored.
+      type: int
+      sample: 51840
 rule_fwmark:
   description: The mark that the rule for traffic between nodes spares, null where there is no such rule.
   returned: always
@@ -235,6 +250,7 @@ warnings_of_mesh:
   sample: []
 """
 
+import glob
 import os
 import time
 
@@ -246,7 +262,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import guard_status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, node_entry
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE, paths_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import HEADER, SYSCTL_FILE, paths_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document, read_sysctl, read_text
 
 
@@ -286,6 +302,16 @@ def key_age(path, now):
         return max(0, int(now - os.stat(path).st_mtime))
     except OSError:
         return None
+
+
+def restored_devices():
+    """Names of the devices that files of ours restore at boot, whatever they are called."""
+    found = set()
+    for kind in ("wg_quick_dropin", "network"):
+        pattern = paths_of("*")[kind]
+        before, after = pattern.split("*")
+        found |= {path[len(before):-len(after)] for path in glob.glob(pattern) if (read_text(path) or "").startswith(HEADER)}
+    return sorted(found)
 
 
 def own_document(params):
@@ -353,6 +379,7 @@ def look(params, system):
              "key_age": item["key_age"], "preshared_keys": item["preshared_keys"], "boot": item["boot"], "routes": item["routes"],
              "listen_port": item["state"]["listen_port"] if item["state"] else None,
              "fwmark": item["state"]["fwmark"] if item["state"] else None} for item in there],
+        "restored": {"devices": restored_devices(), "table": live_routes.stored_table()},
         "rule_fwmark": next((rule["not_fwmark"] for rule in routes["rules"] if rule["not_fwmark"]), None),
         "ipv6": live_device.has_ipv6(),
         "guard": guard,

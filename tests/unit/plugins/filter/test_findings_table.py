@@ -19,7 +19,7 @@ FINDING = {"level": "error", "check": "port", "node": "worker-1", "value": "5184
 def test_filter():
     function = plugin.FilterModule().filters()["findings_table"]
     lines = function([FINDING, dict(FINDING, node="worker-2")], width=90)
-    assert any("worker-1, worker-2" in line and "51840" in line for line in lines) and lines[-1] == "1 errors, 0 warnings"
+    assert any("worker-1, worker-2" in line and "51840" in line for line in lines) and lines[-1] == "1 error, 0 warnings"
     assert function([]) == ["no findings"]
 
 

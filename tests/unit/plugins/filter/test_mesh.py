@@ -83,6 +83,7 @@ def texts(value):
     ("mesh_table", (["a"], {"a": {"info": {"msg": JINJA}}}, "info")),
     ("membership_lines", ({"source": "file", "source_reason": JINJA, "serial": 1, "counts": {}, "pending": {"a": JINJA}, "excluded": {},
                            "changes": [JINJA]},)),
+    ("settings_faults", (["a"], {"a": {"__mesh_name": JINJA, "set": {"interface": JINJA}}}, "set")),
     ("unreached", ([JINJA], {JINJA: {"__mesh_name": JINJA, "__mesh_proved": {
         "unproven_names": [JINJA], "unproven": [{"name": JINJA, "message": JINJA}]}}})),
     ("strict_obstacles", ({"members": [JINJA], "pending": {}, "excluded": {}}, [], {}, [])),
@@ -348,6 +349,7 @@ def in_use(**changes):
         "generations": [{"generation": 1, "listen_port": 51841, "fwmark": 4096}]}, **changes)
 
 
+MINE = {"interface": "wgmesh", "table": 51840}
 PODS_ONLY = {"rule_fwmark": None}
 IDLE = {"rule_fwmark": None, "sending": False}
 
@@ -371,15 +373,15 @@ IDLE = {"rule_fwmark": None, "sending": False}
     (in_use(**dict(IDLE, generations=[{"generation": 0, "listen_port": None, "fwmark": None}])), 1, 2, []), (None, 1, 2, []),
 ])
 def test_port_and_mark_of_a_mesh_in_use(before, port, fwmark, messages):
-    found = FILTERS["in_use_conflicts"](["h"], {"h": {"__mesh_before": before}}, {"port": port, "fwmark": fwmark})
+    found = FILTERS["in_use_conflicts"](["h"], {"h": {"__mesh_before": before}}, dict(MINE, port=port, fwmark=fwmark))
     assert len(found) == len(messages) and all(message in text for message, text in zip(messages, found)), found
-    assert all(text.startswith("host h: the mesh is in use with") and "run the playbook disable first, or leave it at" in text
+    assert all(text.startswith("host h: the mesh is in use with") and "or run the playbook disable with that first" in text
                for text in found)
 
 
 def test_conflicts_of_a_big_cluster_stay_few():
     hostvars = {"h%d" % number: {"__mesh_before": in_use()} for number in range(5000)}
-    found = FILTERS["in_use_conflicts"](list(hostvars), hostvars, {"port": 5000, "fwmark": 4096})
+    found = FILTERS["in_use_conflicts"](list(hostvars), hostvars, dict(MINE, port=5000, fwmark=4096))
     assert len(found) == 21 and found[-1] == "and 4980 more of these"
 
 
@@ -399,6 +401,52 @@ def test_nodes_that_do_not_reach_others_of_their_run():
     names = ["n%04d" % number for number in range(5000)]
     lines = unreached(**{"h" + name: {"unproven_names": names} for name in names})
     assert len(lines) == 21 and "n0009 and 4990 more" in lines[0] and lines[-1] == "and 4980 more of these"
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------------------------
+
+def test_settings_and_names_of_a_run():
+    good = {"interface": "wgmesh", "table": "51840", "port": "51840", "rule_priority": "400", "fwmark": "4096"}
+    hostvars = {name: {"__mesh_name": name, "set": dict(good)} for name in "abc"}
+    assert FILTERS["settings_faults"](list(hostvars), hostvars, "set") == []
+    hostvars["b"].update(__mesh_name="Node_3")
+    hostvars["c"]["set"]["port"] = 51841
+    found = FILTERS["settings_faults"](list(hostvars), hostvars, "set")
+    assert len(found) == 2 and "host b: mesh_node_name: 'Node_3'" in found[0] and "mesh_port: 51841 on c" in found[1]
+
+
+@pytest.mark.parametrize("restored, words", [
+    ({"devices": ["wgmesh0"], "table": 51840}, []), ({"devices": ["wgmesh0", "wgmesh1"], "table": None}, []),
+    ({"devices": [], "table": None}, []), (None, []),
+    ({"devices": ["foo1"], "table": 51840}, ["mesh_interface=foo"]), ({"devices": ["wgmesh0"], "table": 7000}, ["mesh_table=7000"]),
+    # what half a run left under another name goes with the next one
+    ({"devices": ["foo0", "wgmesh0"], "table": 51840}, []),
+])
+def test_a_mesh_with_another_name_or_table(restored, words):
+    hostvars = {"h": {"there": {"restored": restored}}}
+    found = FILTERS["in_use_conflicts"](["h"], hostvars, {"interface": "wgmesh", "table": 51840}, "there")
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found)), found
+
+
+def test_host_encryption_does_not_change_under_strict_mode_without_all():
+    def found(missing=(), exempt=(), encrypt="nodes", present=True, encrypts="pods"):
+        hostvars = {"ha": {"__mesh_name": "a", "__mesh_encrypt": encrypt, "__mesh_before": {
+            "exists": True, "guard": {"present": present}, "encrypts": encrypts}, "__mesh_computed": {
+                "members": ["a", *missing], "pending": {}, "missing": {}}}}
+        return [item for item in FILTERS["all_findings"](["ha"], hostvars, exempt) if "strict mode" in item["message"]]
+
+    assert found() == found(["b"], encrypt="pods") == found(["b"], present=False) == found(["b"], exempt=["b"]) == []
+    assert found(["b"], encrypts="nothing") == [], "a node that does not send yet expects nothing"
+    for before, after in (("pods", "nodes"), ("nodes", "pods")):
+        item, = found(["b"], encrypts=before, encrypt=after)
+        assert item["level"] == "error" and "from %s to %s" % (before, after) in item["message"] and item["message"].endswith(": b")
+
+
+def test_a_damaged_document_is_told():
+    before = {"exists": True, "warnings_of_mesh": ["/etc/kubemesh/mesh.json: it is not JSON", "device wgmesh0 is down"]}
+    computed = {"members": [], "missing": {}}
+    found = FILTERS["all_findings"](["a"], {"a": {"__mesh_before": before, "__mesh_computed": computed, "__mesh_name": "a"}})
+    assert [item["message"] for item in found] == ["host a: /etc/kubemesh/mesh.json: it is not JSON"]
 
 
 # --- strict mode -------------------------------------------------------------------------------------------------------------------------

@@ -146,7 +146,9 @@ class TestNodes:
                     del seen[name]
                 else:
                     seen[name] = event["object"]
-                document = built(candidates(*seen.values()), {name: {"0": key(len(name))} for name in seen if name == "cp-1"}, document)
+                document, warnings = build(
+                    candidates(*seen.values()), {name: {"0": key(len(name))} for name in seen if name == "cp-1"}, document)
+                assert all("no node has a pod CIDR" in text for text in warnings), warnings
         assert document["nodes"]["cp-1"]["state"] == "member"
         assert "worker-notready" not in document["nodes"]
         assert document["serial"] > 5
@@ -198,9 +200,22 @@ class TestNodes:
     def test_sparse_objects(self, broken):
         found = candidates(broken)[0]
         assert (found["pod_cidrs"], found["node_addresses"], found["uid"]) == ([], [], "")
-        document = built([found], keys(1))
+        document, warnings = build([found], keys(1))
+        assert len(warnings) == 1 and "no node has a pod CIDR" in warnings[0]
         assert (document["nodes"]["worker-1"]["state"], document["nodes"]["worker-1"]["reason"]) == ("pending",
                                                                                                      "no pod CIDR and no node address yet")
+
+    def test_pod_cidrs_that_all_nodes_lose(self):
+        """A query that matches nothing any more must not take all traffic of pods out of the tunnel."""
+        first = built(cluster(1, 2), keys(1, 2))
+        without = [dict(candidate, pod_cidrs=[]) for candidate in cluster(1, 2)]
+        here = settings_of(worker_1={}, worker_2={})
+        with pytest.raises(MeshError, match="no node has a pod CIDR any more, and worker-1, worker-2 had one .* the playbook disable first"):
+            build(without, keys(1, 2), first, settings=here)
+        document, warnings = build([without[0], cluster(2)[0]], keys(1, 2), first, settings=here)
+        assert warnings == [] and document["nodes"]["worker-1"]["pod_cidrs"] == [], "one that loses them is a change as any other"
+        document, warnings = build(without, keys(1, 2))
+        assert len(warnings) == 1 and "no node has a pod CIDR: traffic of pods goes in clear" in warnings[0]
 
     def test_problems_name_node_field_value_and_remedy(self):
         bad = node(2, cidrs=["10.244.2.1/24"], addresses=["node.example.com", JINJA, "fe80::1"])

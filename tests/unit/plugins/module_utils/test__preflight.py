@@ -319,7 +319,7 @@ def test_table():
     assert any("6 more" in line for line in lines)
     assert sum("stop that" in line for line in lines) == 1
     assert all(len(line) <= 100 for line in lines)
-    assert lines[-1] == "1 errors, 1 warnings"
+    assert lines[-1] == "1 error, 1 warning"
     assert [line for line in lines if line.startswith("warning")] == [line for line in lines if "FIPS" in line]
     assert _preflight.findings_table([]) == ["no findings"]
 

@@ -48,13 +48,17 @@ def test_public_key_without_library_and_without_wg(monkeypatch):
     expected = _keys.encode_key(bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"))
     assert wg_apply.x25519_public_key(raw) == expected
     calls = []
+    monkeypatch.setattr(wg_apply.shutil, "which", {"wg": "/usr/bin/wg"}.get)
 
     def run_command(argv, data=None):
         calls.append(argv)
         return 0, expected + "\n", ""
 
     assert wg_apply.x25519_public_key(raw, run_command) == expected
-    assert calls == [["wg", "pubkey"]]
+    assert calls == [["/usr/bin/wg", "pubkey"]]
+    # A node whose wg is gone: run_command would end the module.
+    monkeypatch.setattr(wg_apply.shutil, "which", lambda name: None)
+    assert wg_apply.x25519_public_key(raw, run_command) == expected and len(calls) == 1
     # the key is on no argument list
     assert wg_apply.x25519_public_key(raw, lambda argv, data=None: (127, "", "no such command")) == expected
 

@@ -1,0 +1,86 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+
+"""The settings of a mesh: what they may be, and that all hosts of a run have the same.
+
+Pure: standard library only, no I/O, no clock, Python 3.8 and newer. A fault is one line of text that names variable, value and remedy.
+
+*Settings* are those of one host: {variable of the role without its prefix ``mesh_``: value}.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import check_settings
+
+# The number of the generation follows, and a device has at most 15 characters (IFNAMSIZ, include/uapi/linux/if.h). The name is part of
+# file names and of names of units: what systemd or a shell would read otherwise is left out.
+_STEM = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,13}")
+# Lists whose order says nothing.
+_LISTS = ("exempt_cidrs", "exempt_nodes", "admin_ports")
+NAMED = 5
+
+
+def stem_fault(stem):
+    """What is wrong with ``mesh_interface``, or an empty text."""
+    if isinstance(stem, str) and _STEM.fullmatch(stem):
+        return ""
+    return ("mesh_interface: %s is no stem of device names: a letter, then letters, digits and _, 14 characters at most; wgmesh is the "
+            "default" % shown(stem))
+
+
+def faults_of(settings):
+    """Faults in the settings of one host, without regard to the others; settings that are missing are not looked at."""
+    found = [stem_fault(settings["interface"])] if "interface" in settings else []
+    if "table" in settings:
+        try:
+            check_settings(settings)
+        except MeshError as exc:
+            found.append(str(exc))
+    for cidr in settings.get("exempt_cidrs") or ():
+        try:
+            everything = ipaddress.ip_network(cidr).prefixlen == 0
+        except ValueError:
+            continue
+        if everything:
+            found.append("mesh_exempt_cidrs: %s is every address there is; to encrypt nothing between nodes, set mesh_encrypt=pods" % cidr)
+    for port in settings.get("admin_ports") or ():
+        if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+            found.append("mesh_admin_ports: %s is no TCP port; take numbers from 1 to 65535" % shown(port))
+    return [fault for fault in found if fault]
+
+
+def differences(settings):
+    """Faults of settings that differ between hosts: {host: settings} -> lines."""
+    found = []
+    for name in sorted({name for values in settings.values() for name in values}):
+        hosts = {}
+        for host in sorted(settings):
+            value = settings[host].get(name)
+            value = sorted(value or [], key=str) if name in _LISTS else value
+            hosts.setdefault(str(value), []).append(host)
+        if len(hosts) > 1:
+            # What few hosts have is most likely what is wrong.
+            parts = ["%s on %s" % (value, _named(names)) for value, names in sorted(hosts.items(), key=lambda item: len(item[1]))]
+            found.append("mesh_%s: %s; it must be the same on all hosts of a mesh: set it for the group, not for a host" % (
+                name, ", ".join(parts[:NAMED])))
+    return found
+
+
+def _named(hosts):
+    return ", ".join(hosts[:NAMED]) + (" and %d more" % (len(hosts) - NAMED) if len(hosts) > NAMED else "")
+
+
+def settings_faults(settings):
+    """All faults of the settings of the hosts of a run, {host: settings}, each text once."""
+    found = []
+    for host in sorted(settings):
+        found += [fault for fault in faults_of(settings[host]) if fault not in found]
+    return found + differences(settings)

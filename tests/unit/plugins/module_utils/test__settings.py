@@ -1,0 +1,59 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import pytest
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings
+
+GOOD = {"interface": "wgmesh", "table": 51840, "port": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "strict": False,
+        "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22]}
+
+
+@pytest.mark.parametrize("stem", ["wgmesh", "w", "wg_mesh2", "A" * 14])
+def test_stems_of_device_names(stem):
+    assert _settings.stem_fault(stem) == ""
+
+
+@pytest.mark.parametrize("stem", ["", "0", "A" * 15, "wg/../x", "wg mesh", "m\u00e9sh", "wg-", "wg@1", "-x", ".", "wg\n", None, 5, "{{ x }}"])
+def test_what_is_no_stem(stem):
+    assert _settings.stem_fault(stem).startswith("mesh_interface: ")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, []),
+    ({"interface": "wg/../x"}, ["mesh_interface", "wg/../x"]),
+    ({"table": 254}, ["mesh_table", "254"]), ({"table": 4294967296}, ["mesh_table", "4294967296"]),
+    ({"rule_priority": 0}, ["mesh_rule_priority", "0"]), ({"fwmark": 0}, ["mesh_fwmark", "0"]),
+    ({"exempt_cidrs": ["192.0.2.5/28"]}, ["mesh_exempt_cidrs", "192.0.2.5/28", "host bits"]),
+    ({"exempt_cidrs": ["nonsense"]}, ["mesh_exempt_cidrs", "nonsense"]),
+    ({"exempt_cidrs": ["0.0.0.0/0"]}, ["mesh_exempt_cidrs", "0.0.0.0/0", "mesh_encrypt=pods"]),
+    ({"exempt_cidrs": ["::/0"]}, ["mesh_exempt_cidrs", "::/0"]),
+    ({"admin_ports": [0]}, ["mesh_admin_ports", "0"]), ({"admin_ports": ["ssh"]}, ["mesh_admin_ports", "ssh"]),
+])
+def test_settings_of_one_host(change, words):
+    found = _settings.settings_faults({"h": dict(GOOD, **change)})
+    assert len(found) == bool(words) and all(word in found[0] for word in words), found
+
+
+def test_the_same_fault_of_all_hosts_is_told_once():
+    assert len(_settings.settings_faults({"h%d" % number: dict(GOOD, fwmark=0) for number in range(5000)})) == 1
+
+
+def test_settings_that_differ():
+    hosts = {"h%d" % number: dict(GOOD) for number in range(9)}
+    assert _settings.settings_faults(hosts) == []
+    hosts["h3"].update(encrypt="nodes", exempt_nodes=["b", "a"], port=51900)
+    assert _settings.settings_faults(hosts) == [
+        "mesh_encrypt: nodes on h3, pods on h0, h1, h2, h4, h5 and 3 more; it must be the same on all hosts of a mesh: set it for the group, "
+        "not for a host",
+        "mesh_port: 51900 on h3, 51840 on h0, h1, h2, h4, h5 and 3 more; it must be the same on all hosts of a mesh: set it for the group, "
+        "not for a host"], "the order of a list says nothing"
+
+
+def test_only_what_is_given_is_compared():
+    assert _settings.settings_faults({"a": {"interface": "x"}, "b": {"interface": "x"}}) == []
+    assert _settings.settings_faults({}) == []
