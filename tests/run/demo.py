@@ -155,6 +155,7 @@ def up():
         print(f"   {report['sent']} pings, {report['lost']} lost. Marker in clear: {wire_before['clear_frames']} frames before, 0 after.")
     script = f"python3 tests/lab/lab.py exec {NAME}"
     print(f"   Look around:   {script} node-1 -- wg show\n                  {script} node-1-pod-1 -- ping -c 3 10.244.2.10")
+    print(f"   Use it:        python3 tests/lab/lab.py playbook --venv {venv} {NAME} -- kubemesh.wireguard.status")
     print("   Remove it all: make demo-down", flush=True)
     return 1 if findings else 0
 
