@@ -123,7 +123,8 @@ generations:
       fwmark: 4096
 restored:
   description:
-    - What files of the mesh restore at boot, whatever O(interface) and O(table) say. A mesh that was made with other settings is found by it.
+    - What files of the mesh restore at boot, whatever O(interface) and O(table) say. A mesh that was made with other settings is found by
+      it.
   returned: always
   type: dict
   contains:

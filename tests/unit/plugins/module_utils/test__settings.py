@@ -18,7 +18,8 @@ def test_stems_of_device_names(stem):
     assert _settings.stem_fault(stem) == ""
 
 
-@pytest.mark.parametrize("stem", ["", "0", "A" * 15, "wg/../x", "wg mesh", "m\u00e9sh", "wg-", "wg@1", "-x", ".", "wg\n", None, 5, "{{ x }}"])
+@pytest.mark.parametrize("stem", [
+    "", "0", "A" * 15, "wg/../x", "wg mesh", "m\u00e9sh", "wg-", "wg@1", "-x", ".", "wg\n", None, 5, "{{ x }}"])
 def test_what_is_no_stem(stem):
     assert _settings.stem_fault(stem).startswith("mesh_interface: ")
 
@@ -47,11 +48,10 @@ def test_settings_that_differ():
     hosts = {"h%d" % number: dict(GOOD) for number in range(9)}
     assert _settings.settings_faults(hosts) == []
     hosts["h3"].update(encrypt="nodes", exempt_nodes=["b", "a"], port=51900)
+    remedy = "; it must be the same on all hosts of a mesh: set it for the group, not for a host"
     assert _settings.settings_faults(hosts) == [
-        "mesh_encrypt: nodes on h3, pods on h0, h1, h2, h4, h5 and 3 more; it must be the same on all hosts of a mesh: set it for the group, "
-        "not for a host",
-        "mesh_port: 51900 on h3, 51840 on h0, h1, h2, h4, h5 and 3 more; it must be the same on all hosts of a mesh: set it for the group, "
-        "not for a host"], "the order of a list says nothing"
+        "mesh_encrypt: nodes on h3, pods on h0, h1, h2, h4, h5 and 3 more" + remedy,
+        "mesh_port: 51900 on h3, 51840 on h0, h1, h2, h4, h5 and 3 more" + remedy], "the order of a list says nothing"
 
 
 def test_only_what_is_given_is_compared():
