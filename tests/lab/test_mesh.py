@@ -142,6 +142,12 @@ def test_disable_of_one_node_keeps_what_others_need(lab):
         playbook(lab, "enable", preflight=False)
 
 
+def test_disable_of_a_mesh_with_another_name_is_refused(lab):
+    run = playbook(lab, "disable", "-e", "mesh_interface=foo", "-e", "mesh_table=7000", rc=2)
+    assert "give this run mesh_interface=wgmesh" in run.text and "give this run mesh_table=51840" in run.text
+    assert all_encrypted(lab)
+
+
 def test_disable_loses_nothing_and_leaves_no_trace(lab):
     with Watched(lab):
         playbook(lab, "disable")

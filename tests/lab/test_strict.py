@@ -42,6 +42,14 @@ def test_it_is_switched_on_without_loss(lab):
     assert set(run.changed().values()) == {0}
 
 
+def test_not_all_nodes_cannot_change_what_is_encrypted(lab):
+    """A node that sends in clear what the others expect in the tunnel would be cut off from them."""
+    with Watched(lab):
+        run = playbook(lab, "enable", "-e", "mesh_nodes_source=inventory", "-e", "mesh_strict=true", "--limit", "node-2", source=None, rc=2)
+    assert "mesh_encrypt would change from nodes to pods without these nodes" in run.text and "node-1, node-3" in run.text
+    assert {info["encrypts"] for info in infos(lab).values()} == {"nodes"}
+
+
 # What happens to nodes while markers are sent all the time, and seconds to look on afterwards.
 BLOWS = [
     ("node-1", "systemctl stop kubemesh-userspace@wgmesh0", 2),
