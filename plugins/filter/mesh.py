@@ -17,9 +17,6 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _setting
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted_results
 
-# Settings that are numbers.
-NUMBERS = ("table", "port", "rule_priority", "fwmark")
-
 # Names, and lines, that a message has room for.
 NAMES_SHOWN = 10
 LINES_SHOWN = 20
@@ -278,6 +275,9 @@ def strict_obstacles(computed, hosts, hostvars, exempt):
             found.append("host %s was not switched" % host)
             continue
         # All names; a result has the reasons of the first few only.
+        if "unproven_names" not in proof:
+            found.append("host %s: nothing was proven: %s" % (host, proof.get("msg") or "it failed"))
+            continue
         unproven = sorted(set(proof["unproven_names"]) - set(exempt))
         if unproven:
             found.append("host %s does not reach %s through the mesh" % (host, _shortened(unproven)))
@@ -288,9 +288,9 @@ def settings_faults(hosts, hostvars, variable):
     """What is wrong with the settings and the names of the hosts of a run, which they have in a variable. Lines of text."""
     settings, found = {}, []
     for host in hosts:
-        values = plain(hostvars[host][variable])
-        # ansible-core 2.18 makes text of numbers in a dict.
-        settings[host] = dict(values, **{name: int(values[name]) for name in NUMBERS if name in values})
+        settings[host] = _settings.normalized(plain(hostvars[host][variable]))
+        if "port" not in settings[host]:
+            continue  # what only takes the mesh away does not care for names
         try:
             check_node_name(plain(hostvars[host]["__mesh_name"]))
         except MeshError as exc:
@@ -310,7 +310,8 @@ def in_use_conflicts(hosts, hostvars, settings, variable="__mesh_before"):
     for host in hosts:
         before = hostvars[host].get(variable) or {}
         restored = before.get("restored") or {}
-        stems = sorted({name[:-1] for name in restored.get("devices") or []})
+        # Others are devices that somebody made with the module interface alone.
+        stems = sorted({name[:-1] for name in restored.get("devices") or [] if name[-1] in "01"})
         if stems and settings["interface"] not in stems:
             found.append(_in_use(host, "mesh_interface", stems[0], settings["interface"]))
         if restored.get("table") not in (None, int(settings["table"])):

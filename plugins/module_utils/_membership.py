@@ -722,7 +722,10 @@ def _check_pod_cidrs(nodes, previous, problems, warnings):
     takes_part = {name for name, entry in nodes.items() if entry["state"] != "excluded"}
     if not takes_part or any(nodes[name]["pod_cidrs"] for name in takes_part):
         return
-    lost = {name for name in takes_part if previous is not None and previous["nodes"].get(name, {}).get("pod_cidrs")}
+    # A Node that was deleted and added again has none at first; it is another one.
+    before = previous["nodes"] if previous is not None else {}
+    lost = {name for name in takes_part
+            if name in before and before[name]["pod_cidrs"] and before[name]["uid"] in ("", nodes[name]["uid"])}
     if lost:
         problems.append("no node has a pod CIDR any more, and %s had one in the last mesh document: all traffic of pods would go in clear;"
                         " correct pod_cidrs_query or mesh_pod_cidrs; if it is meant, run the playbook disable first" % name_list(lost))

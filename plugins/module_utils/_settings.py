@@ -22,9 +22,14 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan im
 
 # The number of the generation follows, and a device has at most 15 characters (IFNAMSIZ, include/uapi/linux/if.h). The name is part of
 # file names and of names of units: what systemd or a shell would read otherwise is left out.
-_STEM = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,13}")
-# Lists whose order says nothing.
+_STEM = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,13}")
+_NUMBERS = ("table", "port", "rule_priority", "fwmark")
+# Their order says nothing.
 _LISTS = ("exempt_cidrs", "exempt_nodes", "admin_ports")
+# Says something where strict mode is on only.
+_OF_STRICT_MODE = ("exempt_nodes", "admin_ports")
+# Where foreign rules are in the way on one node, its own can differ: nobody else sees them.
+_OF_A_NODE = ("rule_priority",)
 NAMED = 5
 
 
@@ -32,14 +37,30 @@ def stem_fault(stem):
     """What is wrong with ``mesh_interface``, or an empty text."""
     if isinstance(stem, str) and _STEM.fullmatch(stem):
         return ""
-    return ("mesh_interface: %s is no stem of device names: a letter, then letters, digits and _, 14 characters at most; wgmesh is the "
+    return ("mesh_interface: %s is no stem of device names: a letter, then letters, digits, _ and -, 14 characters at most; wgmesh is the "
             "default" % shown(stem))
+
+
+def normalized(settings):
+    """The same settings with the types that modules would make of them: Ansible lets a list be text with commas, and a number text."""
+    found = dict(settings)
+    for name in _LISTS:
+        if isinstance(found.get(name), str):
+            found[name] = [item.strip() for item in found[name].split(",") if item.strip()]
+    for name in _NUMBERS:
+        if name in found:
+            found[name] = int(found[name])
+    if "admin_ports" in found:
+        found["admin_ports"] = [int(port) if isinstance(port, str) and port.isdigit() else port for port in found["admin_ports"] or ()]
+    if "strict" in found:
+        found["strict"] = str(found["strict"]).lower() in ("true", "yes", "on", "1")
+    return found
 
 
 def faults_of(settings):
     """Faults in the settings of one host, without regard to the others; settings that are missing are not looked at."""
     found = [stem_fault(settings["interface"])] if "interface" in settings else []
-    if "table" in settings:
+    if "rule_priority" in settings:
         try:
             check_settings(settings)
         except MeshError as exc:
@@ -58,9 +79,16 @@ def faults_of(settings):
 
 
 def differences(settings):
-    """Faults of settings that differ between hosts: {host: settings} -> lines."""
-    found = []
-    for name in sorted({name for values in settings.values() for name in values}):
+    """Faults of settings that differ between hosts: {host: settings} -> lines.
+
+    With another port, device or mark nodes do not find each other or take each other's packets apart; with another idea of what is
+    encrypted or guarded one drops what the other sends; and what a mesh is called and where it has its routes must be known to whoever
+    takes it away.
+    """
+    found, ignored = [], set(_OF_A_NODE)
+    if not any(values.get("strict") for values in settings.values()):
+        ignored |= set(_OF_STRICT_MODE)
+    for name in sorted({name for values in settings.values() for name in values} - ignored):
         hosts = {}
         for host in sorted(settings):
             value = settings[host].get(name)

@@ -164,7 +164,7 @@ guard:
     in_force:
       description:
         - Whether it is what it should be.
-        - V(null) with O(detail=none), where it is not compared.
+        - V(null) with O(detail=none) and without O(node), where it is not compared.
       type: bool
       sample: true
     at_boot:
@@ -354,7 +354,7 @@ def look(params, system):
         underlay = [name for name in _status.loose_devices(read_text(SYSCTL_FILE)) if name not in generations_of(params["interface"])]
         for name in ours + underlay:
             warnings += loose_filter_warnings(name)
-    guard = guard_status(system, compare=params["detail"] != "none")
+    guard = guard_status(system, compare=params["detail"] != "none" or bool(params["node"]))
     if guard["reason"]:
         warnings.append("strict mode: %s; run the playbook enable" % guard["reason"])
     there = [item for item in found if item["link"] is not None or item["key"] or item["boot"] or item["routes"]]

@@ -21,8 +21,9 @@ description:
   - With O(send=true) the kernel is asked afterwards which way it takes to each prefix, from this host and from its pods. The task fails
     where that is not the mesh.
   - Connections whose source is masqueraded are carried over to the new device. The kernel by itself drops a packet of each of them
-    and forgets it. No packet is lost where the kernel has nf_tables and connection tracking zones, as those of all distributions have;
-    elsewhere a packet that is not TCP may be, and the task warns.
+    and forgets it. No packet is lost where the kernel has nf_tables and connection tracking zones, as those of all distributions have.
+    Elsewhere a packet that is not TCP may be, and the task warns; so may one of a connection that is in a zone of somebody else's, or that
+    begins at the very moment of the switch.
   - Only the tables O(table) and the next, and rules that point to them, are looked at. Routes and rules of others stay as they are.
 extends_documentation_fragment:
   - kubemesh.wireguard._attributes

@@ -185,9 +185,11 @@ def kubectl_error(result, host, command):
 
 
 def kubectl_missing(result):
-    """Whether the command does not exist on the host. The command module has rc 2 and the exception's text then, sudo and su 127."""
+    """Whether the command does not exist on the host. The command module has rc 2 (ENOENT) then, and says that it could not execute it,
+    before ansible-core 2.19 with the exception's text; sudo and su have 127."""
     text = "%s %s" % (result.get("msg"), result.get("stderr"))
-    return result.get("rc") == 127 or (result.get("rc") == 2 and "No such file or directory" in text)
+    return result.get("rc") == 127 or (
+        result.get("rc") == 2 and any(words in text for words in ("No such file or directory", "Error executing command")))
 
 
 def parse_listing(text, where):

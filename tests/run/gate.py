@@ -129,8 +129,8 @@ class Gate:
         self.work = Path(tempfile.mkdtemp(prefix="kubemesh-gate-"))
         self.cores = min(os.cpu_count() or 1, 2)
         self.free = self.cores
-        # Running checks that are not behind all others.
-        self.in_front = 0
+        # Running checks that are not behind all others, and whether one of them has the machine to itself.
+        self.in_front, self.alone = 0, False
         self.turn = threading.Condition()
         self.running = {}
         self.passed = self.failed = self.skipped = 0
@@ -186,6 +186,7 @@ class Gate:
             if not check.background:
                 self.free += min(check.cores, self.cores)
                 self.in_front -= 1
+                self.alone = False
             self.turn.notify_all()
 
     def behind(self, wanted):
@@ -206,7 +207,8 @@ class Gate:
                     continue
                 need = min(check.cores, self.cores)
                 with self.turn:
-                    self.turn.wait_for(lambda need=need: self.free >= need and (need < self.cores or not self.in_front))
+                    self.turn.wait_for(lambda need=need: self.free >= need and not self.alone and (need < self.cores or not self.in_front))
+                    self.alone = need == self.cores
                     self.free -= need
                     self.in_front += 1
                 thread = threading.Thread(target=self.one, args=(check,))

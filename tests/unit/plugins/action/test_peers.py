@@ -465,6 +465,8 @@ class TestKubectl:
          "run the task with become"),
         ({"rc": 1, "stderr": "Unable to connect to the server: dial tcp 198.18.0.11:6443: i/o timeout"}, "(rc 1): 'Unable to connect"),
         ({"rc": 2, "failed": True, "msg": "[Errno 2] No such file or directory: b'kubectl'"}, "there is no such command"),
+        # as ansible-core 2.19 and newer say it
+        ({"rc": 2, "failed": True, "msg": "Error executing command."}, "there is no such command"),
         ({"rc": 0, "stdout": "kubectl: welcome"}, "expected NodeList"),
         ({"rc": 0, "stdout": "{"}, "neither JSON"),
         ({"failed": True, "msg": "something else"}, "failed (rc None): 'something else'"),

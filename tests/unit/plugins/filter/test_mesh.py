@@ -413,6 +413,10 @@ def test_settings_and_names_of_a_run():
     hostvars["c"]["set"]["port"] = 51841
     found = FILTERS["settings_faults"](list(hostvars), hostvars, "set")
     assert len(found) == 2 and "host b: mesh_node_name: 'Node_3'" in found[0] and "mesh_port: 51841 on c" in found[1]
+    # What takes the mesh away needs its name and its table, and no more.
+    for own in hostvars.values():
+        own["set"] = {"interface": "wgmesh", "table": "51840"}
+    assert FILTERS["settings_faults"](list(hostvars), hostvars, "set") == []
 
 
 @pytest.mark.parametrize("restored, words", [
@@ -421,6 +425,8 @@ def test_settings_and_names_of_a_run():
     ({"devices": ["foo1"], "table": 51840}, ["mesh_interface=foo"]), ({"devices": ["wgmesh0"], "table": 7000}, ["mesh_table=7000"]),
     # what half a run left under another name goes with the next one
     ({"devices": ["foo0", "wgmesh0"], "table": 51840}, []),
+    # a device that somebody made with the module interface alone
+    ({"devices": ["wg-dmz"], "table": None}, []),
 ])
 def test_a_mesh_with_another_name_or_table(restored, words):
     hostvars = {"h": {"there": {"restored": restored}}}

@@ -13,13 +13,13 @@ GOOD = {"interface": "wgmesh", "table": 51840, "port": 51840, "rule_priority": 4
         "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22]}
 
 
-@pytest.mark.parametrize("stem", ["wgmesh", "w", "wg_mesh2", "A" * 14])
+@pytest.mark.parametrize("stem", ["wgmesh", "w", "wg_mesh2", "wg-mesh", "A" * 14])
 def test_stems_of_device_names(stem):
     assert _settings.stem_fault(stem) == ""
 
 
 @pytest.mark.parametrize("stem", [
-    "", "0", "A" * 15, "wg/../x", "wg mesh", "m\u00e9sh", "wg-", "wg@1", "-x", ".", "wg\n", None, 5, "{{ x }}"])
+    "", "0", "A" * 15, "wg/../x", "wg mesh", "m\u00e9sh", "wg@1", "-x", ".", "wg\n", None, 5, "{{ x }}"])
 def test_what_is_no_stem(stem):
     assert _settings.stem_fault(stem).startswith("mesh_interface: ")
 
@@ -52,6 +52,25 @@ def test_settings_that_differ():
     assert _settings.settings_faults(hosts) == [
         "mesh_encrypt: nodes on h3, pods on h0, h1, h2, h4, h5 and 3 more" + remedy,
         "mesh_port: 51900 on h3, 51840 on h0, h1, h2, h4, h5 and 3 more" + remedy], "the order of a list says nothing"
+
+
+def test_what_need_not_be_the_same():
+    hosts = {"a": dict(GOOD), "b": dict(GOOD, rule_priority=500, admin_ports=[2222], exempt_nodes=[])}
+    assert _settings.settings_faults(hosts) == [], "ports and nodes count under strict mode only"
+    for settings in hosts.values():
+        settings["strict"] = True
+    assert [fault.split(":")[0] for fault in _settings.settings_faults(hosts)] == ["mesh_admin_ports", "mesh_exempt_nodes"]
+
+
+def test_types_that_ansible_lets_pass():
+    """Text for a list or a number is what inventories in INI format have, and ansible-core 2.18 makes of a dict of templates."""
+    text = {"table": "51840", "port": "51840", "rule_priority": "400", "fwmark": "4096", "strict": "False", "admin_ports": "22",
+            "exempt_cidrs": "192.0.2.0/24, 198.51.100.0/24", "exempt_nodes": "a,b"}
+    assert _settings.normalized(text) == {
+        "table": 51840, "port": 51840, "rule_priority": 400, "fwmark": 4096, "strict": False, "admin_ports": [22],
+        "exempt_cidrs": ["192.0.2.0/24", "198.51.100.0/24"], "exempt_nodes": ["a", "b"]}
+    assert _settings.normalized({"admin_ports": ["22", 2222], "strict": True}) == {"admin_ports": [22, 2222], "strict": True}
+    assert _settings.normalized(GOOD) == GOOD
 
 
 def test_only_what_is_given_is_compared():
