@@ -12,7 +12,7 @@
 Each check has its log in C(tests/output/NAME.log); the end of the log of a check that failed is printed. The exit status is 1 when anything
 failed, and 2 when a check could not even be started for a reason that is not the code's.
 Checks that use one core run two at a time where the machine has two; those that measure traffic have it to themselves. What only computes
-runs behind all of them, on what they leave of the processor.
+runs behind the latter, on what they leave of the processor.
 """
 
 from __future__ import annotations
@@ -200,7 +200,6 @@ class Gate:
         threads = []
         try:
             background = threading.Thread(target=self.behind, args=([check for check in self.wanted if check.background],))
-            background.start()
             threads.append(background)
             for check in self.wanted:
                 if check.background:
@@ -211,9 +210,14 @@ class Gate:
                     self.alone = need == self.cores
                     self.free -= need
                     self.in_front += 1
+                # Checks that only compute fill the machine by themselves; hosts that talk to each other wait now and then.
+                if self.alone and not background.ident:
+                    background.start()
                 thread = threading.Thread(target=self.one, args=(check,))
                 thread.start()
                 threads.append(thread)
+            if not background.ident:
+                background.start()
             for thread in threads:
                 thread.join()
         except KeyboardInterrupt:
@@ -221,7 +225,8 @@ class Gate:
             for context in list(self.running.values()):
                 context.stop()
             for thread in threads:
-                thread.join()
+                if thread.ident:
+                    thread.join()
         finally:
             shutil.rmtree(self.work, ignore_errors=True)
         for check in self.left_out:
