@@ -43,9 +43,13 @@ def address(item, value):
             return
 
 
+def cidr_and_address(items):
+    items["items"][0]["spec"].update(podCIDRs=["10.244.1.0/33"])
+    address(items["items"][1], "198.18.0.999")
+
+
 CASES = {
-    "cidr": (lambda items: items["items"][0]["spec"].update(podCIDRs=["10.244.1.0/33"]), ["node-1", "10.244.1.0/33"]),
-    "address": (lambda items: address(items["items"][0], "198.18.0.999"), ["node-1", "198.18.0.999"]),
+    "cidr and address": (cidr_and_address, ["node-1", "10.244.1.0/33", "node-2", "198.18.0.999"]),
     "no node of this name": (lambda items: items["items"][0]["metadata"].update(name="other"), ["node-1", "mesh_node_name"]),
 }
 
@@ -73,13 +77,12 @@ def test_a_template_in_an_annotation_stays_text(lab):
 
 @pytest.mark.parametrize("variable, words", [
     ("mesh_prot=51840", ["mesh_prot", "mesh_port"]),
-    ("mesh_port=fast", ["mesh_port", "fast"]),
-    ("mesh_persistence=cron", ["mesh_persistence", "cron", "wg-quick"]),
+    ("mesh_port=fast mesh_persistence=cron", ["mesh_port", "fast", "mesh_persistence", "cron", "wg-quick"]),
     ("mesh_nodes_file=/nonexistent.json", ["/nonexistent.json"]),
     ('{"mesh_pod_cidrs": ["10.244.2.0/25"]}', ["node-1", "node-2", "10.244.2.0/25"]),
     ("mesh_endpoint=10.244.2.7", ["node-1", "10.244.2.7"]),
-    ('{"mesh_table": 254, "mesh_interface": "wg/../x"}', ["mesh_table", "254", "wg/../x"]),
-    ('{"mesh_exempt_cidrs": ["192.0.2.5/28"]}', ["mesh_exempt_cidrs", "192.0.2.5/28"]),
+    ('{"mesh_interface": "wg/../x", "mesh_exempt_cidrs": ["192.0.2.5/28"]}', ["wg/../x", "mesh_exempt_cidrs", "192.0.2.5/28"]),
+    ("mesh_table=254", ["mesh_table", "254"]),
     ('{"mesh_batch": ["half"]}', ["mesh_batch", "half"]),
 ])
 def test_bad_variable(lab, variable, words):
