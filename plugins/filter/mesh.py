@@ -14,7 +14,7 @@ import hashlib
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings, _status
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document, some_of
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted_results
 
 # Names, and lines, that a message has room for.
@@ -24,7 +24,7 @@ LINES_SHOWN = 20
 
 def _shortened(names):
     """Names for a sentence: the first few, and how many more there are."""
-    return ", ".join(names[:NAMES_SHOWN]) + (" and %d more" % (len(names) - NAMES_SHOWN) if len(names) > NAMES_SHOWN else "")
+    return some_of(names, NAMES_SHOWN)
 
 
 def _shortened_lines(lines):

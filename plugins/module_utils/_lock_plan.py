@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import re
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
 
 SCHEMA = 1
 PHASES = ("claimed", "held")
@@ -354,5 +354,4 @@ def _holder_entry(found):
 
 
 def _hosts(hosts):
-    text = ", ".join(hosts[:HOSTS_SHOWN])
-    return text if len(hosts) <= HOSTS_SHOWN else "%s and %d more" % (text, len(hosts) - HOSTS_SHOWN)
+    return some_of(hosts, HOSTS_SHOWN)

@@ -48,6 +48,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     probe_address,
     shared_identities,
     shown,
+    some_of,
     sorted_cidrs,
     validate_document,
 )
@@ -93,10 +94,7 @@ def require_libraries():
 
 def name_list(names):
     """``a, b, c and 4 more``: names for a message."""
-    names = sorted(names)
-    if len(names) <= _NAMES_SHOWN:
-        return ", ".join(names)
-    return "%s and %d more" % (", ".join(names[:_NAMES_SHOWN]), len(names) - _NAMES_SHOWN)
+    return some_of(sorted(names), _NAMES_SHOWN)
 
 
 # --- from Kubernetes -----------------------------------------------------------------------------------------------------------------

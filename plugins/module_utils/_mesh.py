@@ -85,6 +85,12 @@ def joined_error(headline, problems, limit=100):
     return MeshError("%s (%d):\n%s" % (headline, len(problems), "\n".join(lines)), problems)
 
 
+def some_of(names, limit):
+    """``a, b, c and 4 more``: names, in their order, for a message that has room for ``limit`` of them."""
+    text = ", ".join(names[:limit])
+    return text if len(names) <= limit else "%s and %d more" % (text, len(names) - limit)
+
+
 def shown(value, limit=80):
     """``repr`` of a value from outside for use in an error: one line, no control characters, at most ``limit`` characters."""
     text = ascii(value)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import check_settings
 
 # The number of the generation follows, and a device has at most 15 characters (IFNAMSIZ, include/uapi/linux/if.h). The name is part of
@@ -96,14 +96,10 @@ def differences(settings):
             hosts.setdefault(str(value), []).append(host)
         if len(hosts) > 1:
             # What few hosts have is most likely what is wrong.
-            parts = ["%s on %s" % (value, _named(names)) for value, names in sorted(hosts.items(), key=lambda item: len(item[1]))]
+            parts = ["%s on %s" % (value, some_of(names, NAMED)) for value, names in sorted(hosts.items(), key=lambda item: len(item[1]))]
             found.append("mesh_%s: %s; it must be the same on all hosts of a mesh: set it for the group, not for a host" % (
                 name, ", ".join(parts[:NAMED])))
     return found
-
-
-def _named(hosts):
-    return ", ".join(hosts[:NAMED]) + (" and %d more" % (len(hosts) - NAMED) if len(hosts) > NAMED else "")
 
 
 def settings_faults(settings):

@@ -16,24 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _guard_plan as plan
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.documents import document as document_of
+from ansible_collections.kubemesh.wireguard.tests.unit.plugins.module_utils.documents import entry
 
 FIXTURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "fixtures", "guard")
 # Debian 11, 12 and 13, on Linux 6.18. Each loaded the rulesets of `DOC` and printed the table, as it was and changed by hand.
 VERSIONS = ("0.9.8", "1.0.6", "1.1.3")
-
-
-def key(number):
-    return chr(ord("A") + number) * 42 + "A="
-
-
-def entry(number, **other):
-    return dict({
-        "state": "member", "reason": "", "uid": "", "public_keys": {"0": key(number)}, "endpoints": {},
-        "pod_cidrs": ["10.244.%d.0/24" % number, "fd00:10:244:%x::/64" % number],
-        "node_addresses": ["198.18.0.1%d" % number, "2001:db8::%x" % number],
-        "probe_addresses": {"0": _mesh.probe_address(key(number))}, "mtu": 1420, "keepalive": 0}, **other)
 
 
 def keyless(number, **other):
@@ -41,8 +30,7 @@ def keyless(number, **other):
 
 
 def document(**nodes):
-    return _mesh.validate_document({
-        "schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes})
+    return document_of(nodes)
 
 
 DOC = document(a=entry(1), b=entry(2), c=entry(3))
