@@ -219,6 +219,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _confirm
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import split_local_table
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES, MeshError, family_of, local_pod_cidrs, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._probe import proven_names, read_proof
@@ -286,6 +287,8 @@ def apply_live(system, current, wanted, steps):
     """
     moved = plan.moved_destinations(current, wanted)
     live_tables = bool(current["rules"]) and bool(wanted["rules"])
+    if any(step["op"] == "add_rule" and step["rule"]["family"] == "ipv4" for step in steps):
+        split_local_table(system)
     parts = [([step for step in steps if step["op"] == "replace_route"], moved if live_tables else [])]
     for family in FAMILIES:
         rules = [step for step in steps if "rule" in step and step["rule"]["family"] == family]
