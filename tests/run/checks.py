@@ -21,7 +21,7 @@ import prepare
 from prepare import TESTS
 
 # Characters of a failed test's message in the summary: the end of it says what was wrong. The whole is in the log.
-FAILURE_TEXT = 600
+FAILURE_TEXT = 1500
 
 
 @dataclasses.dataclass
