@@ -20,6 +20,7 @@ import errno
 import importlib
 import json
 import os
+import pathlib
 import re
 import selectors
 import socket
@@ -503,7 +504,8 @@ class Cluster:
         found = {}
         for name, flow in report["flows"].items():
             if flow["lost"]:
-                found[name] = {"lost": flow["lost"], "errors": flow["errors"], "when": [self._doing(at, report) for at in flow["lost_at"][:5]]}
+                when = [self._doing(at, report) for at in flow["lost_at"][:5]]
+                found[name] = {"lost": flow["lost"], "errors": flow["errors"], "when": when}
         if found:
             found["counters"] = {node.node_name: node.call(_drop_counters) for node in self.nodes}
         return found
@@ -522,10 +524,10 @@ def _drop_counters():
     """The counters of this namespace by which the kernel tells why it dropped something, those that are not 0."""
     found = {}
     for path in ("/proc/net/snmp", "/proc/net/netstat"):
-        lines = [line.split() for line in open(path, encoding="ascii")]
+        lines = [line.split() for line in pathlib.Path(path).read_text().splitlines()]
         for names, values in zip(lines[::2], lines[1::2]):
             found.update((names[0] + name, int(value)) for name, value in zip(names[1:], values[1:]))
-    for line in open("/proc/net/snmp6", encoding="ascii"):
+    for line in pathlib.Path("/proc/net/snmp6").read_text().splitlines():
         name, value = line.split()
         found[name] = int(value)
     words = ("Discard", "NoRoute", "Errors", "Filter", "Drop", "NoPorts", "ForwDatagrams")
