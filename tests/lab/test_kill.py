@@ -94,5 +94,5 @@ def test_killed(lab, number, name):
     if name == "disable":
         assert {info["exists"] for info in found.values()} == {False}
     else:
-        assert all_encrypted(lab), states(lab)
+        assert all_encrypted(found), states(found)
         assert {info["guard"]["in_force"] for info in found.values()} == {name == "strict on"}

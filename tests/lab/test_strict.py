@@ -78,7 +78,7 @@ def test_nothing_leaks_whatever_happens(lab):
     dropped = [found["guard"]["counters"] for found in infos(lab).values()]
     assert any(counters["out_pods"]["packets"] for counters in dropped) and any(counters["out_nodes"]["packets"] for counters in dropped)
     playbook(lab, "enable", *STRICT, source=None, preflight=False)
-    assert all_encrypted(lab)
+    assert all_encrypted(infos(lab))
 
 
 def test_a_rotation_under_strict_mode(lab):
