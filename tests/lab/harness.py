@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -97,13 +98,25 @@ class Watched:
             assert requests["failed"] == requests["lasting_failed"] == requests["bulk_failed"] == 0, (failures[:20], said)
 
 
+@contextlib.contextmanager
+def sniffed(lab, kinds):
+    """Marked packets and a look at the underlay while something happens: a dict that has the markers' report as "sent" and the sniffer's as
+    "seen" when the block is left. What may be in clear is for the caller to say."""
+    found = {}
+    # The sniffer begins first: what is sent before it looks may well be in clear.
+    sniffer, markers = traffic.start_sniffer(lab), traffic.start_markers(lab, kinds=kinds)
+    try:
+        yield found
+    finally:
+        found["sent"], found["seen"] = markers.stop(), sniffer.stop()
+    assert found["sent"]["received"] > 0 and found["seen"]["frames"] > 0 and found["seen"]["drops"] == 0, found
+
+
 def wire(lab, kinds=("pod-pod",)):
-    """What the underlay shows of marked packets for a few seconds: the sniffer's report, with the markers' beside it."""
-    markers, sniffer = traffic.start_markers(lab, kinds=kinds), traffic.start_sniffer(lab)
-    time.sleep(LOOK)
-    seen, sent = sniffer.stop(), markers.stop()
-    assert sent["received"] > 0 and seen["frames"] > 0 and seen["drops"] == 0, (sent, seen)
-    return seen
+    """What the underlay shows of marked packets for a few seconds: the sniffer's report."""
+    with sniffed(lab, kinds) as found:
+        time.sleep(LOOK)
+    return found["seen"]
 
 
 def assert_clear(lab):
