@@ -417,7 +417,7 @@ LAB_FILES = {
     "lab-self": ("test_lab_self.py",),
     "lab-variants": ("test_variants.py",),
     "lab-kill": ("test_kill.py",),
-    "lab-change": ("test_faults.py", "test_change.py", "test_strict.py"),
+    "lab-change": ("test_faults.py", "test_change.py", "test_rotation.py", "test_strict.py"),
 }
 
 
