@@ -16,8 +16,8 @@ yaml = pytest.importorskip("yaml")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 ROLE = REPOSITORY / "roles" / "mesh"
-# mesh_hosts belongs to the playbooks, mesh_node_facts is what the role keeps of a node.
-NOT_OF_THE_SPECS = {"mesh_hosts", "mesh_node_facts"}
+# mesh_hosts belongs to the playbooks, mesh_node_facts is what the role keeps of a node, mesh_run_summary what a workflow hands on.
+NOT_OF_THE_SPECS = {"mesh_hosts", "mesh_node_facts", "mesh_run_summary"}
 
 
 def load(path):
@@ -89,6 +89,32 @@ def test_every_variable_is_used():
     action = (REPOSITORY / "plugins" / "module_utils" / "_membership.py").read_text(encoding="utf-8")
     unused = {name for name in set(OPTIONS) - used if '"%s"' % name not in action}
     assert unused == set()
+
+
+# Modules of tasks that change a node; `lock` and `probe` never say so, and what runs on the controller is no node's.
+CHANGING = {"kubemesh.wireguard.%s" % name for name in ("document", "guard", "interface", "keypair", "preshared_keys", "routes")}
+
+
+def tasks_of(blocks):
+    for task in blocks or []:
+        yield task
+        for part in ("block", "rescue", "always"):
+            yield from tasks_of(task.get(part))
+
+
+def test_the_summary_of_a_run_knows_what_changed():
+    """What a task changed is in its result only; a result that the summary does not look at is a change that it does not tell."""
+    registered, found = set(importlib.import_module("ansible_collections.kubemesh.wireguard.plugins.filter.mesh").CHANGING_RESULTS), set()
+    for path in (ROLE / "tasks").glob("*.yml"):
+        for task in tasks_of(load(path)):
+            module = next((name for name in task if name in CHANGING or name == "ansible.builtin.file"), None)
+            # It only compares; a file on the controller; and hosts that are in no batch of a round would lose what they registered
+            # before, so that is told from what there was before.
+            if not module or task[module].get("compare_only") or task.get("delegate_to") or path.name == "withdraw_batch.yml":
+                continue
+            assert task.get("register") in registered, (path.name, task["name"])
+            found.add(task["register"])
+    assert found == registered
 
 
 def entry_points():
