@@ -102,7 +102,7 @@ def awx_faults(settings):
         return []
     found = []
     if not given("image"):
-        found.append("mesh_awx_image: it is missing; give the image of an execution environment with the collection kubemesh.wireguard in it")
+        found.append("mesh_awx_image: it is missing; give the image of an execution environment that has the collection kubemesh.wireguard")
     if given("kubernetes_token") != given("kubernetes_host"):
         found.append("mesh_awx_kubernetes_token, mesh_awx_kubernetes_host: one needs the other; give both or none")
     if given("kubeconfig") and given("kubernetes_token"):
@@ -111,8 +111,8 @@ def awx_faults(settings):
         found.append("mesh_awx_psk_secret: it has less than %d characters; take a longer one, such as of openssl rand -base64 48"
                      % PSK_SECRET_LENGTH)
     if given("psk_secret") and given("inventory"):
-        found.append("mesh_awx_psk_secret, mesh_awx_inventory: an inventory that exists is not changed; give it mesh_psk_secret as the guide"
-                     " shows, and name the credential in mesh_awx_credentials")
+        found.append("mesh_awx_psk_secret, mesh_awx_inventory: an inventory that exists is not changed; give it mesh_psk_secret as the"
+                     " guide shows, and name the credential in mesh_awx_credentials")
     if given("notification_type") != given("notification_configuration"):
         found.append("mesh_awx_notification_type, mesh_awx_notification_configuration: one needs the other; give both or none")
     if not re.match(r"DTSTART\S*\sRRULE:", str(settings.get("mesh_awx_reconcile_rrule", ""))):

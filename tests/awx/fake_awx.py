@@ -39,8 +39,8 @@ KINDS = {
         "inventory", dict(NAMED, kind="", host_filter=None, variables="", prevent_instance_group_fallback=False),
         {"organization": "organizations"}),
     "inventory_sources": (
-        "inventory_source", dict(NAMED, source="", source_path="", source_vars="", enabled_var="", enabled_value="", host_filter="", limit="",
-                                 overwrite=False, overwrite_vars=False, timeout=0, verbosity=1, update_on_launch=False,
+        "inventory_source", dict(NAMED, source="", source_path="", source_vars="", enabled_var="", enabled_value="", host_filter="",
+                                 limit="", overwrite=False, overwrite_vars=False, timeout=0, verbosity=1, update_on_launch=False,
                                  update_cache_timeout=0, scm_branch=""),
         {"inventory": "inventories", "credential": "credentials", "execution_environment": "execution_environments",
          "source_project": "projects"}),
@@ -137,7 +137,8 @@ class FakeAWX:
             "name": "Machine", "kind": "ssh", "managed": True, "inputs": {"fields": [{"id": "ssh_key_data", "secret": True}]}})
         self.create("credential_types", {
             "name": "OpenShift or Kubernetes API Bearer Token", "kind": "kubernetes", "managed": True, "inputs": {
-                "fields": [{"id": "host"}, {"id": "bearer_token", "secret": True}, {"id": "verify_ssl"}, {"id": "ssl_ca_cert", "secret": True}],
+                "fields": [{"id": "host"}, {"id": "bearer_token", "secret": True}, {"id": "verify_ssl"},
+                           {"id": "ssl_ca_cert", "secret": True}],
                 "required": ["host", "bearer_token"]}})
 
     def seed(self, collection, **fields):
@@ -221,7 +222,8 @@ class FakeAWX:
         found = []
         for item in self.items(collection):
             either = [str(item.get(key[4:])) == value for key, value in query.items() if key.startswith("or__")]
-            if all(str(item.get(key)) == value for key, value in query.items() if not key.startswith("or__")) and (any(either) or not either):
+            every = [str(item.get(key)) == value for key, value in query.items() if not key.startswith("or__")]
+            if all(every) and (any(either) or not either):
                 found.append(self.shown(item))
         return {"count": len(found), "next": None, "previous": None, "results": found}
 

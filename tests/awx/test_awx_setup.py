@@ -2,8 +2,8 @@
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The playbook awx_setup with the modules of awx.awx against a small AWX: what it makes, that a second run changes nothing, and what is left
-when it is taken away again. The modules refuse arguments that they do not have, so their own argument specs are tested as well.
+"""The playbook awx_setup with the modules of awx.awx against a small AWX: what it makes, that a second run changes nothing, and what is
+left when it is taken away again. The modules refuse arguments that they do not have, so their own argument specs are tested as well.
 
 ``ANSIBLE_COLLECTIONS_PATH`` has awx.awx and this collection.
 """
@@ -130,7 +130,8 @@ def secrets(awx, variables):
 def workflow(awx):
     """The mesh is enabled, and then checked by a job that fails unless all is encrypted."""
     found = awx.find("workflow_job_templates", name="kubemesh enable and check")
-    first, check = (awx.find("workflow_job_template_nodes", workflow_job_template=found["id"], identifier=name) for name in ("enable", "check"))
+    first, check = (
+        awx.find("workflow_job_template_nodes", workflow_job_template=found["id"], identifier=name) for name in ("enable", "check"))
     assert first["unified_job_template"] == awx.find("job_templates", name="kubemesh enable")["id"]
     assert check["unified_job_template"] == awx.find("job_templates", name="kubemesh status")["id"]
     assert awx.associated(first, "success_nodes") == [check] and not awx.associated(first, "always_nodes")

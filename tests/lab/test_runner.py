@@ -42,7 +42,8 @@ class Job:
         for name in ("inventory", "env", "project"):
             (self.folder / name).mkdir(parents=True)
         shutil.copy(lab.inventory(), self.folder / "inventory" / lab.inventory().name)
-        variables = dict({"mesh_nodes_source": "file", "mesh_nodes_file": str(lab.nodes_file())} if playbook != "disable" else {}, **extra or {})
+        source = {} if playbook == "disable" else {"mesh_nodes_source": "file", "mesh_nodes_file": str(lab.nodes_file())}
+        variables = dict(source, **extra or {})
         if hosts is not None:
             self.keep_only(hosts)
         (self.folder / "env" / "extravars").write_text(json.dumps(variables))

@@ -45,7 +45,7 @@ def load(path):
         """With C(!unsafe)."""
 
     Loader.add_constructor("!unsafe", lambda loader, node: None)
-    return yaml.load((REPOSITORY / path).read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506
+    return yaml.load((REPOSITORY / path).read_text(encoding="utf-8"), Loader=Loader)
 
 
 def definition(templates, specs):
@@ -61,9 +61,9 @@ def definition(templates, specs):
         "schema_version": SCHEMA_VERSION,
         "name": NAME,
         "title": "Encrypt the traffic between Kubernetes nodes",
-        "description": "Encrypts the traffic between the nodes of a Kubernetes cluster with a WireGuard mesh, whatever its network plugin is, "
-                       "without losing a packet. It keeps the mesh in step with the cluster, rotates its keys, shows it, and takes it away "
-                       "again. Select an inventory with all nodes of one cluster, and credentials for ssh and for the API of the cluster.",
+        "description": "Encrypts the traffic between the nodes of a Kubernetes cluster with a WireGuard mesh, whatever its network plugin "
+                       "is, without losing a packet. It keeps the mesh in step with the cluster, rotates its keys, shows it, and takes it "
+                       "away again. Select an inventory with all nodes of one cluster, and credentials for ssh and for the API of the cluster.",
         "short_description": "A WireGuard mesh between the nodes of a Kubernetes cluster",
         "tags": ["encryption", "kubernetes", "networking", "security", "wireguard"],
         "aap_resources": {
