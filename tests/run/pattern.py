@@ -61,9 +61,10 @@ def definition(templates, specs):
         "schema_version": SCHEMA_VERSION,
         "name": NAME,
         "title": "Encrypt the traffic between Kubernetes nodes",
-        "description": "Encrypts the traffic between the nodes of a Kubernetes cluster with a WireGuard mesh, whatever its network plugin "
-                       "is, without losing a packet. It keeps the mesh in step with the cluster, rotates its keys, shows it, and takes it "
-                       "away again. Select an inventory with all nodes of one cluster, and credentials for ssh and for the API of the cluster.",
+        "description":
+            "Encrypts the traffic between the nodes of a Kubernetes cluster with a WireGuard mesh, whatever its network plugin is, without "
+            "losing a packet. It keeps the mesh in step with the cluster, rotates its keys, shows it, and takes it away again. Select an "
+            "inventory with all nodes of one cluster, and credentials for ssh and for the API of the cluster.",
         "short_description": "A WireGuard mesh between the nodes of a Kubernetes cluster",
         "tags": ["encryption", "kubernetes", "networking", "security", "wireguard"],
         "aap_resources": {
