@@ -30,6 +30,10 @@ HEADER = """\
 # Written by tests/run/pattern.py.
 ---
 """
+EXAMPLE = """\
+- name: %s
+  ansible.builtin.import_playbook: kubemesh.wireguard.%s
+"""
 # Beside what the schema names: the platform hands on the fields of a template as they are.
 OF_EVERY_TEMPLATE = {
     "ask_credential_on_launch": True, "ask_diff_mode_on_launch": True, "ask_inventory_on_launch": True, "ask_job_type_on_launch": True,
@@ -84,9 +88,11 @@ def arguments(template, specs):
         name: dict({key: option[key] for key in ("type", "elements", "choices", "default", "no_log") if key in option},
                    description=awx.plain_text(option["description"]))
         for name, option in spec["options"].items()}
-    return {"argument_specs": {template["playbook"]: {
+    described = {"short_description": spec["short_description"], "description": " ".join(map(awx.plain_text, spec["description"]))}
+    return {**described, "argument_specs": {template["playbook"]: {
         "short_description": spec["short_description"], "description": [awx.plain_text(text) for text in spec["description"]],
-        "options": options}}}
+        "options": options,
+        "examples": EXAMPLE % (spec["short_description"], template["playbook"])}}}
 
 
 def files():
