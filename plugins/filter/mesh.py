@@ -17,6 +17,14 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _setting
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document, some_of
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted_results
 
+# Variables that tasks of the role register results in which tell that something changed on a node; a test finds those that are missing.
+CHANGING_RESULTS = (
+    "__mesh_accepted", "__mesh_did_destroy_key", "__mesh_did_destroy_psk", "__mesh_did_give", "__mesh_did_give_last", "__mesh_did_go_back",
+    "__mesh_did_guard", "__mesh_did_leave_guard", "__mesh_did_leave_routes", "__mesh_did_open_guard", "__mesh_did_psk",
+    "__mesh_did_remove_device", "__mesh_did_remove_document", "__mesh_did_remove_key", "__mesh_did_remove_proofs", "__mesh_did_remove_psk",
+    "__mesh_did_retire", "__mesh_did_retire_proofs", "__mesh_did_withdraw", "__mesh_key", "__mesh_sent",
+)
+
 # Names, and lines, that a message has room for.
 NAMES_SHOWN = 10
 LINES_SHOWN = 20
@@ -62,6 +70,28 @@ def mesh_table(hosts, hostvars, variable):
     return _status.mesh_table(infos)
 
 
+def run_summary(hosts, hostvars, variable):
+    """What a run came to, in numbers: for the artifact of a job. See `_status.run_summary`."""
+    excluded = _first_value(hosts, hostvars, "__mesh_computed", lambda value: "excluded" in value).get("excluded") or {}
+    infos, changed, not_reached = [], 0, 0
+    for host in hosts:
+        own = hostvars[host]
+        info = own.get(variable) or {}
+        if "counts" in info:
+            infos.append(info)
+        elif own.get("__mesh_name", host) not in excluded:
+            not_reached += 1
+        before = own.get("__mesh_before") or {}
+        differs = "sending" in before and "sending" in info and _steering(before) != _steering(info)
+        changed += differs or any((own.get(result) or {}).get("changed") for result in CHANGING_RESULTS)
+    return _status.run_summary(infos, changed, not_reached)
+
+
+def _steering(info):
+    """What a node sends into the mesh, for comparison: a batch that is not this host's leaves no result of its own."""
+    return info["sending"], info["encrypts"], [item["routes"] for item in info["generations"] if item["routes"]]
+
+
 def batch_problems(batch, alive, hostvars):
     """Hosts of a batch that cannot go on: {host: problem}; ``alive`` are those that the play still has."""
     problems = {}
@@ -81,11 +111,12 @@ def silent_nodes(computed, hosts, hostvars):
     return sorted((set(computed["members"]) | set(computed["pending"])) - listening)
 
 
-def all_findings(hosts, hostvars, exempt=()):
+def all_findings(hosts, hostvars, exempt=(), job=None):
     """The findings of all nodes and those about the node list, as `findings_table` takes them.
 
     :param hosts: all hosts of the play, also those that failed or were not reached: what they said before counts.
     :param exempt: names of nodes that may stay in clear.
+    :param job: see `slice_fault`.
     """
     found = []
     for host in hosts:
@@ -103,7 +134,8 @@ def all_findings(hosts, hostvars, exempt=()):
             found.append(dict(
                 finding("warning", "host %s could not be reached, or failed before" % host),
                 remedy="mend that and run the playbook again: until then its pairs stay as they are, and a new node stays in clear"))
-    return found + mismatch_findings(computed.get("missing") or {}, computed.get("previous_serial") is None, exempt)
+    missing = computed.get("missing") or {}
+    return found + slice_findings(missing, exempt, job) + mismatch_findings(missing, computed.get("previous_serial") is None, exempt)
 
 
 def damage_findings(host, before):
@@ -152,6 +184,40 @@ def node_list_findings(hosts, hostvars):
         return [dict(finding("error", "there is no node list, and nothing says why"),
                      remedy="see which host failed or could not be reached, and whether kubectl works on mesh_kubectl_host")]
     return []
+
+
+def node_names(hosts, hostvars):
+    """Names of the nodes that hosts of the inventory are, also of those that are not part of this run."""
+    return sorted({str(hostvars[host].get("__mesh_name") or hostvars[host].get("mesh_node_name") or host) for host in hosts})
+
+
+def slice_fault(members, job):
+    """Why a job of AWX is to stop: it looks like a slice. An empty text otherwise.
+
+    AWX tells a job neither that it is a slice nor of how many: hosts of the other slices do not exist in it. Outside of AWX a part of an
+    inventory is what somebody has chosen, and with a limit all hosts exist.
+
+    :param members: names of nodes that have a key and are no host of the inventory.
+    :param job: {"id", "template", "workflow"}: what AWX says about the job, empty texts where it says nothing. All slices of a template
+        belong to a workflow job of the template's name.
+    """
+    if not members or not str((job or {}).get("id") or ""):
+        return ""
+    surely = job.get("workflow") and job["workflow"] == job.get("template")
+    return "job %s of AWX %s: these members of the mesh are no hosts of its inventory: %s" % (
+        job["id"], "is a slice of the template %s" % job["template"] if surely else "looks like a slice", _shortened(sorted(members)))
+
+
+SLICE_REMEDY = (
+    "set job_slice_count of the template to 1, as stages of the mesh need all nodes in one run; a node that is in no inventory on purpose "
+    "can be named in mesh_exempt_nodes, and one that is gone for good in mesh_forget_nodes")
+
+
+def slice_findings(missing, exempt, job):
+    """That a run is a slice, as a finding. Nodes without a key are in no mesh yet, and told of by `mismatch_findings`."""
+    keyed = set(missing.get("not_in_inventory") or []) - set(missing.get("without_key") or []) - set(exempt)
+    fault = slice_fault(keyed, job)
+    return [dict(finding("error", fault), remedy=SLICE_REMEDY)] if fault else []
 
 
 def mismatch_findings(missing, first=False, exempt=()):
@@ -402,6 +468,8 @@ class FilterModule:
             "batch_problems": batch_problems,
             "probe_method": probe_method,
             "progress": progress,
+            "run_summary": run_summary,
+            "slice_fault": slice_fault,
             "all_findings": all_findings,
             "settings_faults": settings_faults,
             "silent_nodes": silent_nodes,
@@ -411,6 +479,7 @@ class FilterModule:
             "mesh_table": mesh_table,
             "first_of_each": first_of_each,
             "members_outside": members_outside,
+            "node_names": node_names,
             "old_generations": old_generations,
             "stand_in_key": stand_in_key,
             "strict_obstacles": strict_obstacles,

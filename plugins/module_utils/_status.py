@@ -21,6 +21,9 @@ HANDSHAKE_FRESH = 275
 STATES = ("encrypted", "idle", "accepting", "partial", "no handshake", "missing", "no key", "excluded", "unknown")
 # While keys are rotated a peer is known through two devices; the first of these says how its traffic travels.
 TELLING = ("encrypted", "idle", "no handshake", "partial", "accepting", "missing", "no key", "excluded", "unknown")
+# What is sent to a peer goes into the tunnel, whether it answered of late or not; and rows that are not about a pair of members.
+THROUGH_THE_TUNNEL = ("encrypted", "idle")
+NO_PAIR = ("excluded", "unknown")
 # How much of the peers a result holds.
 DETAILS = ("all", "problems", "none")
 
@@ -152,6 +155,35 @@ def counts(rows):
         if number:
             found[state] = number
     return found
+
+
+def run_summary(nodes, changed, not_reached):
+    """What a run came to, in numbers that a workflow can branch on. It holds no name and no address.
+
+    A pair of nodes counts once for each direction, as each node knows only what it sends itself; peers that were left out on purpose, and
+    those that nobody knows, are no pairs.
+
+    :param nodes: results of `mesh_info` of the nodes that were looked at.
+    :param changed: how many nodes something was changed on, or would have been.
+    :param not_reached: how many nodes of the run failed or could not be reached.
+    :returns: {"nodes", "nodes_changed", "nodes_not_reached", "pairs_encrypted", "pairs_not_encrypted": numbers, "changed", "encrypted":
+        whether every node was reached and sends to every peer through the tunnel}
+    """
+    states = {}
+    for info in nodes:
+        for state, number in info["counts"].items():
+            states[state] = states.get(state, 0) + int(number)
+    good = sum(states.get(state, 0) for state in THROUGH_THE_TUNNEL)
+    bad = sum(number for state, number in states.items() if state not in THROUGH_THE_TUNNEL + NO_PAIR)
+    return {
+        "nodes": len(nodes),
+        "nodes_changed": int(changed),
+        "nodes_not_reached": int(not_reached),
+        "pairs_encrypted": good,
+        "pairs_not_encrypted": bad,
+        "changed": bool(changed),
+        "encrypted": bool(nodes) and not bad and not not_reached and all(info["sending"] for info in nodes),
+    }
 
 
 def loose_devices(text):

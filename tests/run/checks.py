@@ -254,7 +254,8 @@ def docs(context):
 def ansible_lint(context):
     """Ansible content against the production profile."""
     root = tree(context)
-    env = environment(context, ANSIBLE_COLLECTIONS_PATH=root.parents[2])
+    others = prepare.other_collections(tool(context, "python"))
+    env = environment(context, ANSIBLE_COLLECTIONS_PATH=f"{root.parents[2]}{os.pathsep}{others}")
     context.run([tool(context, "ansible-lint"), "--offline", "--profile", "production", "--nocolor", "--strict"], cwd=root, env=env)
 
 
@@ -266,6 +267,13 @@ def unit_core_2_19(context):
     """Unit tests of everything, ansible-core 2.19 on Python 3.11."""
     others = prepare.other_collections(tool(context, "python"))
     return pytest(context, "tests/unit", pythonpath=[tree(context).parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others})
+
+
+@check("unit", timeout=BACKGROUND, background=True)
+def awx(context):
+    """The playbook awx_setup with the modules of awx.awx, against a small AWX."""
+    path = f"{tree(context).parents[2]}{os.pathsep}{prepare.other_collections(tool(context, 'python'))}"
+    return pytest(context, *test_files("awx"), env={"ANSIBLE_COLLECTIONS_PATH": path})
 
 
 def ansible_test(context, venv, *arguments):
@@ -357,6 +365,25 @@ def galaxy_importer(context):
         raise Failed(f"galaxy-importer has {len(found)} remarks: {found[0]}")
 
 
+@check("build", timeout=300)
+def execution_environment(context):
+    """What ansible-builder reads from the installed artifact, and that it can make a build context of our definition."""
+    installed = artifact(context)[1]
+    builder = tool(context, "ansible-builder")
+    context.run([builder, "introspect", installed], env=environment(context), cwd=context.work)
+    text = context.log_path.read_text(encoding="utf-8")
+    own = installed / "ansible_collections" / "kubemesh" / "wireguard"
+    for name in ("ee-requirements.txt", "ee-bindep.txt"):
+        for line in (own / "meta" / name).read_text(encoding="utf-8").splitlines():
+            if line and not line.startswith("#") and f"{line}  # from collection kubemesh.wireguard" not in text:
+                raise Failed(f"ansible-builder does not see '{line}' of meta/{name}")
+    target = context.work / "context"
+    source = own / "extensions" / "execution_environment" / "execution-environment.yml"
+    context.run([builder, "create", "--file", source, "--context", target, "--output-filename", "Containerfile"], env=environment(context))
+    if "requirements.yml" not in (target / "Containerfile").read_text(encoding="utf-8"):
+        raise Failed("the build context installs no collections")
+
+
 # --- Sanity ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +442,7 @@ def collections_path(context):
 # Lab tests that are checks of their own; "lab" is the others.
 LAB_FILES = {
     "lab-self": ("test_lab_self.py",),
+    "lab-runner": ("test_runner.py",),
     "lab-variants": ("test_variants.py",),
     "lab-kill": ("test_kill.py",),
     "lab-change": ("test_faults.py", "test_change.py", "test_rotation.py", "test_strict.py"),
@@ -459,6 +487,12 @@ def lab_change(context):
 def lab_self(context):
     """The lab itself: what counts packets sees those that are lost, what looks at the wire sees what is in clear."""
     return lab_tests(context, "lab-self")
+
+
+@check("lab-runner", timeout=1200, cores=2)
+def lab_runner(context):
+    """The playbooks under ansible-runner, what becomes an artifact, and slices that are refused."""
+    return lab_tests(context, "lab-runner")
 
 
 @check("molecule", timeout=600, cores=2)

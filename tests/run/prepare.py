@@ -27,7 +27,7 @@ TESTS = REPOSITORY / "tests"
 
 # PyPI's "ansible" carries the collections; a collection is taken out of its wheel because Galaxy is not reachable everywhere.
 ANSIBLE_PACKAGE = "ansible==12.3.0"
-COLLECTIONS = ("kubernetes/core",)
+COLLECTIONS = ("awx/awx", "kubernetes/core")
 
 # ansible-test makes its virtual environments with get-pip.py of its own server. Without that server a stand-in that installs the
 # same pip from PyPI does it: file name in ansible-test's cache -> pip version pinned in ansible_test/_internal/python_requirements.py.
@@ -265,7 +265,8 @@ def target_module_utils(venv_path):
 def other_collections(pip_python):
     """A collections path (directory with C(ansible_collections) in it) that holds what tests of optional features need."""
     version = ANSIBLE_PACKAGE.rpartition("=")[2]
-    path = cache_dir() / f"collections-{version}"
+    key = hashlib.sha256(" ".join(COLLECTIONS).encode()).hexdigest()[:12]
+    path = cache_dir() / f"collections-{version}-{key}"
     with locked("collections"):
         if path.exists():
             return path

@@ -42,7 +42,7 @@ HARMLESS = {"socket": {"AF_INET", "AF_INET6", "inet_ntop", "inet_pton"}}
 
 # Variables of the playbooks rather than of the role, and variables that the role sets for its own modules.
 PLAYBOOK_VARIABLES = {"mesh_hosts"}
-PRIVATE_VARIABLES = {"mesh_node_facts"}
+PRIVATE_VARIABLES = {"mesh_node_facts", "mesh_run_summary"}
 
 CONTROLLER_MARK = re.compile(r"controller[ -]only", re.IGNORECASE)
 

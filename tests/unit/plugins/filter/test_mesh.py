@@ -16,13 +16,14 @@ from ansible.errors import AnsibleFilterError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ansible_collections.kubemesh.wireguard.plugins.filter import findings_table, lock_verdict
+from ansible_collections.kubemesh.wireguard.plugins.filter import awx, findings_table, lock_verdict
 from ansible_collections.kubemesh.wireguard.plugins.filter import mesh as plugin
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh, _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._status import NO_ANSWER
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _hostvars
 
 FILTERS = plugin.FilterModule().filters()
+ROLE_FILTERS = dict(FILTERS, **awx.FilterModule().filters())
 ALL_FILTERS = dict(FILTERS, **findings_table.FilterModule().filters(), **lock_verdict.FilterModule().filters())
 FOLDER = os.path.dirname(os.path.abspath(plugin.__file__))
 KEY = "B" * 42 + "A="
@@ -35,10 +36,10 @@ def documentation(name):
 
 # --- documentation -----------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", sorted(FILTERS))
+@pytest.mark.parametrize("name", sorted(ROLE_FILTERS))
 def test_filters_are_documented(name):
     """Each in a file of its own, with the arguments that the function takes, in their order."""
-    parameters = inspect.signature(FILTERS[name]).parameters
+    parameters = inspect.signature(ROLE_FILTERS[name]).parameters
     arguments = list(parameters)
     docs = documentation(name)
     options = docs["DOCUMENTATION"]["options"]
@@ -57,9 +58,9 @@ def test_filters_are_documented(name):
 
 def test_every_documented_filter_exists():
     documented = {name[:-4] for name in os.listdir(FOLDER) if name.endswith(".yml")}
-    assert set(FILTERS) <= documented
+    assert set(ROLE_FILTERS) <= documented
     # Those that have a file of their own.
-    assert documented - set(FILTERS) == {"findings_table", "lock_verdict"}
+    assert documented - set(ROLE_FILTERS) == {"findings_table", "lock_verdict"}
 
 
 # --- nothing is templated ----------------------------------------------------------------------------------------------------------------
@@ -88,6 +89,8 @@ def texts(value):
     ("unreached", ([JINJA], {JINJA: {"__mesh_name": JINJA, "__mesh_proved": {
         "unproven_names": [JINJA], "unproven": [{"name": JINJA, "message": JINJA}]}}})),
     ("strict_obstacles", ({"members": [JINJA], "pending": {}, "excluded": {}}, [], {}, [])),
+    ("slice_fault", ([JINJA], {"id": JINJA, "template": JINJA, "workflow": JINJA})),
+    ("node_names", (["a"], {"a": {"mesh_node_name": JINJA}})),
     ("keys_due", ([JINJA], {JINJA: {"__mesh_key": {"age": 1e9}}}, 1)),
     ("findings_table", ([FINDING], 400)),
     ("lock_verdict", ({"a": {"acquired": False, "state": "claimed", "holder_age_seconds": 3.0, "expires_in_seconds": 9.0, "holder": {
@@ -107,6 +110,52 @@ def test_batches():
     assert FILTERS["batches"](list("abcde"), [1, "50%"]) == [["a"], ["b", "c"], ["d", "e"]]
     with pytest.raises(AnsibleFilterError, match="mesh_batch: 'x' is not a number"):
         FILTERS["batches"](["a"], ["x"])
+
+
+def looked_at(sending=True, encrypts="pods", routes=2, **counts):
+    return {"sending": sending, "encrypts": encrypts, "generations": [{"routes": routes}], "counts": counts}
+
+
+def summary(hostvars):
+    return FILTERS["run_summary"](list(hostvars), hostvars, "info")
+
+
+def test_a_summary_is_numbers_only():
+    info = looked_at(encrypted=2)
+    found = summary({name: {"info": dict(info, node=name, warnings_of_mesh=[JINJA]), "__mesh_before": info} for name in ("a", "b", "c")})
+    assert found == {
+        "nodes": 3, "nodes_changed": 0, "nodes_not_reached": 0, "pairs_encrypted": 6, "pairs_not_encrypted": 0, "changed": False,
+        "encrypted": True}
+    assert all(isinstance(value, (bool, int)) for value in found.values())
+
+
+@pytest.mark.parametrize("own,expected", [
+    ({"info": looked_at(encrypted=1, idle=1)}, {"pairs_encrypted": 4, "encrypted": True}),
+    ({"info": looked_at(**{"encrypted": 1, "no handshake": 1})}, {"pairs_encrypted": 3, "pairs_not_encrypted": 1, "encrypted": False}),
+    ({"info": looked_at(encrypted=2, excluded=1, unknown=1)}, {"pairs_encrypted": 4, "pairs_not_encrypted": 0, "encrypted": True}),
+    ({"info": looked_at(sending=False)}, {"pairs_encrypted": 2, "encrypted": False}),
+    ({}, {"nodes": 1, "nodes_not_reached": 1, "encrypted": False}),
+    ({"info": {"unreachable": True, "msg": "no route"}}, {"nodes": 1, "nodes_not_reached": 1, "encrypted": False}),
+    # left out on purpose, so it ended before it was looked at
+    ({"__mesh_name": "w2"}, {"nodes": 1, "nodes_not_reached": 0, "encrypted": True}),
+    # changed, by what a task says and by what there was before
+    ({"info": looked_at(encrypted=2), "__mesh_key": {"changed": True}}, {"nodes_changed": 1, "changed": True}),
+    ({"info": looked_at(encrypted=2), "__mesh_key": {"changed": False}, "__mesh_sent": {"skipped": True}}, {"nodes_changed": 0}),
+    ({"info": looked_at(encrypted=2), "__mesh_before": looked_at(sending=False)}, {"nodes_changed": 1}),
+    ({"info": looked_at(encrypted=2), "__mesh_before": looked_at(encrypts="nodes")}, {"nodes_changed": 1}),
+    ({"info": looked_at(encrypted=2), "__mesh_before": looked_at(routes=0)}, {"nodes_changed": 1}),
+    ({"info": looked_at(encrypted=2), "__mesh_before": {"msg": "it failed"}}, {"nodes_changed": 0})])
+def test_a_summary_counts(own, expected):
+    found = summary({"a": {"info": looked_at(encrypted=2), "__mesh_computed": {"excluded": {"w2": "opted out"}}}, "b": own})
+    assert {key: found[key] for key in expected} == expected
+
+
+@given(st.dictionaries(st.sampled_from(_status.STATES), st.integers(0, 9)))
+def test_every_pair_counts_once(counts):
+    found = summary({"a": {"info": looked_at(**counts)}})
+    pairs = sum(number for state, number in counts.items() if state not in ("excluded", "unknown"))
+    assert found["pairs_encrypted"] + found["pairs_not_encrypted"] == pairs
+    assert found["encrypted"] == (found["pairs_not_encrypted"] == 0)
 
 
 def test_problems_of_a_batch():
@@ -276,6 +325,44 @@ def test_a_slice_does_not_make_a_mesh_of_its_own():
     assert [item["level"] for item in findings_about(4, **outside)] == ["warning"], "a partial run on a mesh that is there"
     many = findings_about(None, without_key=["n%03d" % number for number in range(5000)])
     assert len(many) == 1 and "and 4990 more" in many[0]["message"]
+
+
+JOB = {"id": "7", "template": "mesh enable", "workflow": ""}
+
+
+def findings_of_job(job, exempt=(), **missing):
+    hostvars = {"a": {"__mesh_computed": {"previous_serial": 4, "members": [], "missing": missing}}}
+    return FILTERS["all_findings"](["a"], hostvars, list(exempt), job)
+
+
+def test_a_slice_of_a_job_is_refused():
+    """A third of the inventory in AWX: the others are members, and no hosts at all."""
+    found = findings_of_job(JOB, not_in_inventory=["w2", "w3"], without_key=[])
+    assert found[0]["level"] == "error" and found[0]["message"] == (
+        "job 7 of AWX looks like a slice: these members of the mesh are no hosts of its inventory: w2, w3")
+    assert "job_slice_count" in found[0]["remedy"] and "mesh_exempt_nodes" in found[0]["remedy"]
+    surely = findings_of_job(dict(JOB, workflow="mesh enable"), not_in_inventory=["w2"])
+    assert surely[0]["message"].startswith("job 7 of AWX is a slice of the template mesh enable:")
+    assert "is a slice of" not in findings_of_job(dict(JOB, workflow="a workflow"), not_in_inventory=["w2"])[0]["message"]
+
+
+@pytest.mark.parametrize("job,exempt,missing", [
+    # outside of AWX a part of an inventory is what somebody has chosen
+    ({"id": "", "template": "", "workflow": ""}, [], {"not_in_inventory": ["w2"]}),
+    (None, [], {"not_in_inventory": ["w2"]}),
+    # a limit: all hosts exist
+    (JOB, [], {"not_in_inventory": [], "not_in_play": ["w2", "w3"]}),
+    # a node that has just joined and is in no inventory yet
+    (JOB, [], {"not_in_inventory": ["w2"], "without_key": ["w2"]}),
+    (JOB, ["w2"], {"not_in_inventory": ["w2"]})])
+def test_what_is_no_slice(job, exempt, missing):
+    assert "error" not in [item["level"] for item in findings_of_job(job, exempt, **missing)]
+
+
+def test_the_names_of_all_hosts_of_the_inventory():
+    """Also of hosts that are not part of the run: nobody noted their names, and the default of the role is no variable of theirs."""
+    hostvars = {"a": {"__mesh_name": "node-a", "mesh_node_name": "other"}, "b": {"mesh_node_name": "node-b"}, "c": {}}
+    assert FILTERS["node_names"](list(hostvars), hostvars) == ["c", "node-a", "node-b"]
 
 
 def test_how_tunnels_can_be_proven():
