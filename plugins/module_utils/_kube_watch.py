@@ -72,7 +72,7 @@ def parse_retry_after(text):
 
 
 def status_error(code, body, where, retry_after=0.0):
-    """The `ApiError` of an answer. ``body``: bytes, perhaps a Status object; ``where``: {"what", "server", "token_file"} for the message."""
+    """The `ApiError` of an answer. ``body``: bytes, perhaps a Status object; ``where``: {"what", "server", "token_file"} for messages."""
     try:
         status = json.loads(body)
         said = status.get("message") if isinstance(status, dict) else None

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
@@ -50,6 +51,14 @@ def stored_routes():
     for family, path in ROUTES_FILES.items():
         routes += plan.routes_of_batch(read_text(path) or "", family)
     return routes
+
+
+def stored_rules(folder):
+    """The rules of the files in a directory that restore them at boot: whether and what a node sends, as its last run left it."""
+    rules = []
+    for family, path in RULES_FILES.items():
+        rules += plan.rules_of_batch(read_text(os.path.join(folder, os.path.basename(path))) or "", family)
+    return rules
 
 
 def stored_table():
