@@ -223,12 +223,14 @@ class Agent:
         self.failures = 0
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
+        self.fresh_keys = set()   # keys of peers that were added since: what a run proved before says nothing about them
         self.asked = {}           # {name: (public key, rounds, when to ask again)}
         self.before = {}
         self.proving = False
         self.published = None
         self.counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
         self.unproven = set()
+        self.expected = True      # whether the next comparison is to find something to do
 
     # --- the loop
 
@@ -349,6 +351,7 @@ class Agent:
                 continue
             if entry and entry["public_key"] == key and (entry["proven"] or (entry.get("handshake_only") and rounds >= ROUNDS_OF_KNOCKING)):
                 self.proved[name] = key
+                self.fresh_keys.discard(key)
                 self.asked.pop(name)
                 self.before.pop(key, None)
                 fresh = True
@@ -356,6 +359,7 @@ class Agent:
                 self.asked[name] = (key, rounds, now + decide.prove_again(rounds))
         if fresh:
             self.save_proofs()
+            self.expected = True
             self.due["converge"] = now
 
     def on_published(self, text):
@@ -403,6 +407,7 @@ class Agent:
         if self.applied is None:
             # At a start the kernel is as this agent left it, or as a run or the boot made it.
             self.applied = self.document
+            self.expected = True
         self.load_proofs()
         if self.roster["complete"]:
             self.has_news()
@@ -430,6 +435,7 @@ class Agent:
             for text in changes[:decide.NAMES_SHOWN]:
                 log(text)
             self.document = document
+            self.expected = True
             self.due["converge"] = now
         elif not self.waits and self.applied == self.document:
             self.lag_since = None
@@ -474,7 +480,16 @@ class Agent:
         path = os.path.join(os.path.dirname(self.config["lock_file"]), "proof-%s.json" % self.kernel.name(generation))
         names = _probe.proven_names(_probe.read_proof(path), self.document, generation)
         keys = {name: entry["public_keys"].get(str(generation)) for name, entry in self.document["nodes"].items()}
-        return names | {name for name, key in self.proved.items() if keys.get(name) == key}
+        names |= {name for name, key in self.proved.items() if keys.get(name) == key}
+        return {name for name in names if keys[name] not in self.fresh_keys}
+
+    def distrust_fresh(self, state):
+        """Peers that the device does not have (any more): that they were reached once is no proof for when they are added."""
+        fresh = decide.keys_of(self.document, self.config["node"], str(self.document["generation"])) - set(state["peers"])
+        if fresh - self.fresh_keys:
+            self.fresh_keys |= fresh
+            self.proved = {name: key for name, key in self.proved.items() if key not in fresh}
+            self.save_proofs()
 
     def prove(self, now):
         """Ask those that are due, in a thread of its own."""
@@ -543,7 +558,7 @@ class Agent:
 
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""
-        document, repair = self.document, self.applied == self.document
+        document = self.document
         link, state = self.kernel.read(document["generation"])
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
         if trouble != self.trouble and trouble:
@@ -552,14 +567,16 @@ class Agent:
         if trouble:
             self.unproven = set()
             return
+        self.distrust_fresh(state)
         proven = self.proven()
         steps = self.kernel.converge(document, self.applied, proven, link, state)
         self.applied = document
         now = self.clock()
+        repair, self.expected = not self.expected, False
         if steps:
             self.counts["repairs"] += int(repair)
             what = ", ".join(sorted({step["op"] for step in steps}))
-            log("%d steps%s: %s" % (len(steps), " (not as it was left)" if repair else "", what))
+            log("%d steps%s: %s" % (len(steps), " (the kernel was not as it was left)" if repair else "", what))
             # what the steps made of it
             state = self.kernel.read(document["generation"])[1] or state
         if self.lag_since is not None:

@@ -40,6 +40,8 @@ PROVE_AGAIN = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 # Candidates that are tried one by one when all together make no valid document; the rest waits for the next change.
 SINGLE_TRIES = 16
 NAMES_SHOWN = 10
+# Seconds after which a state is old: it is written every 15.
+STATE_OLD = 120
 
 _CONFIG = {
     "node": str, "server": str, "ca_file": (str, type(None)), "token_file": (str, type(None)), "interface": str, "table": int,
@@ -481,6 +483,38 @@ def state_of(document, api, hindrance_text, texts, lag, unproven, lock, counts, 
         "lag": lag, "unproven": sorted(unproven)[:NAMES_SHOWN], "unproven_count": len(unproven), "waits_for_run": lock,
         "serial": document["serial"] if document else None, "generation": document["generation"] if document else None,
         "nodes": len(document["nodes"]) if document else 0, "time": now_epoch, "counts": counts}
+
+
+def parse_state(text):
+    """What `state_of` made and was written; None for anything else."""
+    try:
+        state = json.loads(text)
+    except ValueError:
+        return None
+    wanted = {"schema", "api", "hindrance", "warnings", "warning_count", "lag", "unproven", "unproven_count", "waits_for_run", "serial",
+              "generation", "nodes", "time", "counts", "base"}
+    # The agent's user is less than root, who reads this.
+    sound = (isinstance(state, dict) and set(state) == wanted and state["schema"] == STATE_SCHEMA and isinstance(state["time"], (int, float))
+             and all(isinstance(state[field], str) for field in ("api", "hindrance", "waits_for_run"))
+             and all(isinstance(state[field], list) and len(state[field]) <= NAMES_SHOWN and all(isinstance(text, str) for text in state[field])
+                     for field in ("warnings", "unproven")))
+    return state if sound else None
+
+
+def state_warnings(state, active, now_epoch):
+    """What people must know about an agent. ``now_epoch``: by the clock that `state_of` was given."""
+    if not active:
+        return ["the node agent does not run: look at journalctl -u kubemesh-agent"]
+    if state is None:
+        return ["the node agent has not said anything yet"]
+    warnings = []
+    if abs(now_epoch - state["time"]) > STATE_OLD:
+        warnings.append("the node agent has said nothing for %d s: look at journalctl -u kubemesh-agent" % abs(now_epoch - state["time"]))
+    if state["hindrance"]:
+        warnings.append("the node agent does nothing: %s" % state["hindrance"])
+    if state["api"] != "watching":
+        warnings.append("the node agent does not know what changes in the cluster: %s" % state["api"])
+    return warnings + ["the node agent: %s" % text for text in state["warnings"]]
 
 
 # --- what is kept over a restart --------------------------------------------------------------------------------------------------------

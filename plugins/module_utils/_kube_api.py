@@ -32,6 +32,8 @@ ANSWER_SECONDS = 30.0
 SILENCE_SECONDS = 150.0
 # Seconds that the server is asked to keep a watch open: as client-go, from 5 to 10 minutes, so that not all nodes come back at once.
 WATCH_SECONDS = 300
+# Seconds after which a watch that is open counts as a success.
+SETTLED_SECONDS = 10.0
 # A peer that is gone without a word is noticed after 10 s + 3 * 5 s.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 # Bytes of a token: JSON web tokens have one or two thousand.
@@ -180,10 +182,10 @@ class Follower(threading.Thread):
     ``away``: text, after each failure; ``back``: the watch is up again. ``reduce(object)`` is what is kept of an object; it must not raise.
     """
 
-    def __init__(self, client, path, kind, reduce, tell, pause=time.sleep, jitter=random.random):
+    def __init__(self, client, path, kind, reduce, tell, pause=time.sleep, jitter=random.random, clock=time.monotonic):
         super().__init__(daemon=True, name="follower")
         self.client, self.path, self.kind, self.reduce, self.tell = client, path, kind, reduce, tell
-        self.pause, self.jitter = pause, jitter
+        self.pause, self.jitter, self.clock = pause, jitter, clock
         self.version = None
         self.failures = 0
         self.stopping = False
@@ -206,8 +208,12 @@ class Follower(threading.Thread):
             found, version = self.client.list(self.path, self.kind, lambda item: (decide.name_of(item), self.reduce(item)))
             self.version = version
             self.tell("listed", {name: reduced for name, reduced in found if name is not None})
-        self._silent = True
-        self.client.watch(self.path, self.version, self._event, self._opened, self.jitter)
+        self._silent, began = True, self.clock()
+        try:
+            self.client.watch(self.path, self.version, self._event, self._opened, self.jitter)
+        finally:
+            if self.clock() - began >= SETTLED_SECONDS:
+                self._silent, self.failures = False, 0
         if self._silent:
             # A server that ends watches at once, without a word, must not be asked in a loop.
             self.failures += 1
