@@ -209,11 +209,11 @@ class Agent:
         self.notifier = Notifier(os.environ if environ is None else environ)
         # Its put may be called from a signal handler, a Queue's may not.
         self.queue = queue.SimpleQueue()
-        self.follower = Follower(self.client, NODES, "NodeList", decide.reduced, lambda what, value: self.queue.put((what, value)))
+        self.follower = Follower(self.client, NODES, "NodeList", decide.reduced, lambda what, value: self.queue.put((what, value)),
+                                 lambda listing: decide.distrust(listing, config["node"]))
         self.stopping = False
         self.roster = decide.empty_roster()
         self.api = "not reached yet"
-        self.believed = False     # whether the last list was
         self.base_stat = self.base_sha256 = self.base = None
         self.document = self.applied = self.remembered = None
         self.news = None          # (first, last): when news came that are not computed yet
@@ -301,12 +301,6 @@ class Agent:
 
     def on_listed(self, listing):
         self.counts["lists"] += 1
-        why = decide.distrust(listing, self.config["node"])
-        self.believed = not why
-        if why:
-            self.on_away(why)
-            self.follower.relist = True
-            return
         self.roster, changed = decide.listed(self.roster, listing)
         if changed or self.remembered is None:
             self.has_news()
@@ -314,8 +308,6 @@ class Agent:
 
     def on_event(self, event):
         self.counts["events"] += 1
-        if not self.believed:
-            return  # the next list tells
         self.roster, changed = decide.happened(self.roster, *event)
         if changed:
             self.has_news()
@@ -329,10 +321,7 @@ class Agent:
         self.due["report"] = self.clock()
 
     def on_back(self, dummy):
-        """A watch goes on where the last one, or the list, ended: what is known is complete, if the list was believed."""
-        if not self.believed:
-            self.follower.again()
-            return
+        """A watch goes on where the last one, or the list, ended: what is known is complete."""
         if self.api != "watching":
             log("the API: watching")
             self.due["report"] = self.clock()

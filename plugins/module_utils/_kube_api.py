@@ -179,17 +179,18 @@ class Follower(threading.Thread):
     """Lists and watches for ever, and tells ``tell(what, value)``, from this thread:
 
     ``listed``: ``{name: reduced object}``, after each list; ``event``: ``(name, reduced object or None for one that is gone)``;
-    ``away``: text, after each failure; ``back``: the watch is up again. ``reduce(object)`` is what is kept of an object; it must not raise.
+    ``away``: text, after each failure; ``back``: the watch is up again, and nothing is missing between what was told before and what comes.
+    ``reduce(object)`` is what is kept of an object; it must not raise. ``check(listing)`` says why a list is not to be believed, or nothing:
+    it is told to nobody then, and asked for again.
     """
 
-    def __init__(self, client, path, kind, reduce, tell, pause=time.sleep, jitter=random.random, clock=time.monotonic):
+    def __init__(self, client, path, kind, reduce, tell, check=lambda listing: "", pause=time.sleep, jitter=random.random, clock=time.monotonic):
         super().__init__(daemon=True, name="follower")
-        self.client, self.path, self.kind, self.reduce, self.tell = client, path, kind, reduce, tell
+        self.client, self.path, self.kind, self.reduce, self.tell, self.check = client, path, kind, reduce, tell, check
         self.pause, self.jitter, self.clock = pause, jitter, clock
         self.version = None
         self.failures = 0
         self.stopping = False
-        self.relist = False
         self._silent = True
         self._socket = None
 
@@ -203,11 +204,14 @@ class Follower(threading.Thread):
 
     def once(self):
         """A list where one is needed, and one watch."""
-        if self.version is None or self.relist:
-            self.relist = False
+        if self.version is None:
             found, version = self.client.list(self.path, self.kind, lambda item: (decide.name_of(item), self.reduce(item)))
+            listing = {name: reduced for name, reduced in found if name is not None}
+            doubt = self.check(listing)
+            if doubt:
+                raise ApiError(doubt)
             self.version = version
-            self.tell("listed", {name: reduced for name, reduced in found if name is not None})
+            self.tell("listed", listing)
         self._silent, began = True, self.clock()
         try:
             self.client.watch(self.path, self.version, self._event, self._opened, self.jitter)
@@ -240,11 +244,6 @@ class Follower(threading.Thread):
             self.tell("away", str(exc) if isinstance(exc, MeshError) else str(self.client._lost(exc, "watch")))
         if not isinstance(exc, Gone) or self.failures > 1:
             self.pause(max(decide.backoff(self.failures, self.jitter()), getattr(exc, "retry_after", 0.0)))
-
-    def again(self):
-        """Read the whole list again, soon."""
-        self.relist = True
-        self.cut()
 
     def stop(self):
         """End; the thread may still sit in a pause or a connection that is being made."""

@@ -34,6 +34,7 @@ def mesh(tmp_path_factory):
 @pytest.fixture
 def lab(mesh):
     mesh.whole("a", "b")
+    mesh.wait(lambda: mesh.state("a")["api"] == mesh.state("b")["api"] == "watching" and mesh.api.watching() >= 2, "agents that watch")
     # an event, so that nobody pauses for what went wrong in the test before
     mesh.api.heartbeat()
     yield mesh
