@@ -36,6 +36,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _probe,
     _routes_plan,
     _status,
+    _wg_plan,
 )
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_api import Follower, KubeClient
@@ -115,6 +116,8 @@ class Kernel:
     def __init__(self, config):
         self.config = config
         self.system = System(Host())
+        # (generation, link, state of the device, routes and rules) as they were read, or left
+        self.last = None
 
     def name(self, generation):
         return "%s%d" % (self.config["interface"], generation)
@@ -126,14 +129,26 @@ class Kernel:
     def routes(self):
         return live_routes.read_state(self.system, self.config["table"])
 
-    def converge(self, document, applied, proven, link, state):
-        """Bring the kernel to a document; -> the steps that were done, in this order."""
+    def look(self, generation, whole):
+        """``(link, state of the device, routes and rules)``.
+
+        Unless the ``whole`` is wanted, they are as the last change left them: reading takes most of the time that a change takes.
+        """
+        if whole or self.last is None or self.last[0] != generation:
+            link, state = self.read(generation)
+            self.last = (generation, link, state, self.routes())
+        return self.last[1:]
+
+    def converge(self, document, applied, proven):
+        """Bring the kernel to a document, from what `look` returned last; -> ``(steps in the order they were done, device after them)``."""
+        generation, link, state, current = self.last
+        # Until all steps are done nobody knows what is there.
+        self.last = None
         config, node = self.config, self.config["node"]
         name = state["name"]
         link_steps, first, last = decide.plan_device(state, link, document, applied, config, live_device.has_ipv6())
         if any(step["op"] == "create_link" for step in link_steps):
             raise MeshError("device %s is missing: run the playbook enable on this node" % name)
-        current = self.routes()
         settings = decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"]))
         present = decide.routed_now(current["routes"], applied, document, node, config["table"])
         wanted = _routes_plan.wanted_state(document, node, settings, proven, present)
@@ -156,7 +171,11 @@ class Kernel:
             live_routes.apply_live(self.system, between, wanted, steps)
         if last:
             client.apply(name, last)
-        return early + link_steps + first + steps + last
+        link = dict(link, up=True, mtu=next((step["mtu"] for step in link_steps if step["op"] == "set_mtu"), link["mtu"]),
+                    addrgenmode="none" if live_device.has_ipv6() else link["addrgenmode"], addresses=_addresses_after(link, link_steps))
+        state = _wg_plan.apply_steps(state, first + last)
+        self.last = (generation, link, state, wanted)
+        return early + link_steps + first + steps + last, state
 
     def prove(self, document, names, before):
         """Ask peers through the tunnel: ``{name: entry of `_probe.judge`}``. ``before``: {public key: peer of a device state} of earlier
@@ -199,6 +218,13 @@ class Kernel:
         return entries
 
 
+def _addresses_after(link, steps):
+    """Addresses of a link after steps of `_link_plan`."""
+    removed = {step["address"] for step in steps if step["op"] == "remove_address"}
+    added = {step["address"] for step in steps if step["op"] == "add_address"}
+    return sorted((set(link["addresses"]) | added) - removed)
+
+
 class Agent:
     """The main thread's work."""
 
@@ -219,7 +245,7 @@ class Agent:
         self.news = None          # (first, last): when news came that are not computed yet
         self.lag_since = None     # when the first news came that are not in the kernel yet
         self.lag = None
-        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0}
+        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0}
         self.failures = 0
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
@@ -230,6 +256,8 @@ class Agent:
         self.published = None
         self.counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
         self.unproven = set()
+        self.unsaved = False
+        self.whole = True         # whether the next comparison reads the kernel first
         self.expected = True      # whether the next comparison is to find something to do
 
     # --- the loop
@@ -255,7 +283,7 @@ class Agent:
 
     def pause(self):
         """Seconds until something is due."""
-        times = [when for what, when in self.due.items() if what != "gone"]
+        times = [when for what, when in self.due.items() if what not in ("gone", "compare")]
         if self.news:
             times.append(decide.settle_at(*self.news))
         when = decide.next_gone(self.roster, self.config["grace"])
@@ -287,6 +315,8 @@ class Agent:
         if now >= self.due["converge"]:
             self.converge(now)
         self.prove(self.clock())
+        if self.unsaved:
+            self.save_memory()
         if now >= self.due["report"]:
             self.due["report"] = now + REPORT_INTERVAL
             self.report()
@@ -397,6 +427,7 @@ class Agent:
             # At a start the kernel is as this agent left it, or as a run or the boot made it.
             self.applied = self.document
             self.expected = True
+        self.whole = True
         self.load_proofs()
         if self.roster["complete"]:
             self.has_news()
@@ -428,7 +459,8 @@ class Agent:
             self.due["converge"] = now
         elif not self.waits and self.applied == self.document:
             self.lag_since = None
-        self.save_memory()
+        # Written when the kernel has it: a disk takes its time.
+        self.unsaved = True
         self.roster = self.missing()
         self.publish(now)
 
@@ -436,6 +468,7 @@ class Agent:
         return os.path.join(self.config["state"], "memory.json")
 
     def save_memory(self):
+        self.unsaved = False
         self.write(self.memory_file(), decide.memory_text(self.base_sha256, self.document, self.remembered))
 
     def write(self, path, text):
@@ -520,27 +553,33 @@ class Agent:
     # --- the kernel
 
     def converge(self, now):
-        """Compare document and kernel, and do what is missing."""
-        self.due["converge"] = now + random.uniform(*decide.COMPARE)  # noqa: S311 - spreads work, protects nothing
+        """Compare document and kernel, and do what is missing. News are compared with what is known of the kernel, without reading it."""
+        if now >= self.due["compare"]:
+            self.whole = True
         if self.document is None:
+            self.due["converge"] = now + RETRY[-1]
             self.due["report"] = now
             return
         try:
             with _lock.turn(self.config["lock_file"]) as waits:
                 self.waits = waits
                 if waits:
+                    self.whole = True
                     self.due["converge"] = now + RETRY[0]
                     return  # `status` is told at the next report
                 # A run may have ended just now.
                 self.load_base()
                 if self.document is not None:
                     self.work()
-            self.failures = 0
+            if self.whole:
+                self.due["compare"] = now + random.uniform(*decide.COMPARE)  # noqa: S311 - spreads work, protects nothing
+            self.failures, self.whole = 0, False
+            self.due["converge"] = self.due["compare"]
         except (MeshError, OSError) as exc:
             text = str(exc)
             if text != self.trouble:
                 log(text)
-            self.trouble = text
+            self.trouble, self.whole = text, True
             self.failures += 1
             self.due["converge"] = self.clock() + RETRY[min(self.failures, len(RETRY)) - 1]
         self.due["report"] = self.clock()
@@ -548,7 +587,7 @@ class Agent:
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""
         document = self.document
-        link, state = self.kernel.read(document["generation"])
+        dummy, state, dummy2 = self.kernel.look(document["generation"], self.whole)
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
         if trouble != self.trouble and trouble:
             log(trouble)
@@ -558,7 +597,7 @@ class Agent:
             return
         self.distrust_fresh(state)
         proven = self.proven()
-        steps = self.kernel.converge(document, self.applied, proven, link, state)
+        steps, state = self.kernel.converge(document, self.applied, proven)
         self.applied = document
         now = self.clock()
         repair, self.expected = not self.expected, False
@@ -566,8 +605,6 @@ class Agent:
             self.counts["repairs"] += int(repair)
             what = ", ".join(sorted({step["op"] for step in steps}))
             log("%d steps%s: %s" % (len(steps), " (the kernel was not as it was left)" if repair else "", what))
-            # what the steps made of it
-            state = self.kernel.read(document["generation"])[1] or state
         if self.lag_since is not None:
             self.lag, self.lag_since = now - self.lag_since, None
         self.note_unproven(state, proven)

@@ -72,18 +72,23 @@ def users_text():
     return HEADER + 'u %s - "Agent of the WireGuard mesh" - -\n' % USER
 
 
-def folders_text():
+def folders_text(as_root):
     """Directories below /run, for systemd-tmpfiles.
+
+    ``as_root``: see `unit_text`; a root without capabilities writes only to what is its own.
 
     The agent reads the lock of the playbooks' runs, and others must not: who can open that directory can keep it locked. New files in it
     get its group.
     """
-    return HEADER + "d %s 2750 root %s -\nd %s 0755 %s %s -\n" % (LOCK_FOLDER, USER, RUNTIME, USER, USER)
+    owner = "root" if as_root else USER
+    return HEADER + "d %s 2750 root %s -\nd %s 0755 %s %s -\n" % (LOCK_FOLDER, USER, RUNTIME, owner, owner)
 
 
 def unit_text(python, as_root, devices):
-    """The service. ``as_root``: the device is a userspace implementation's, and its control socket belongs to root; it has the same one
-    capability then. ``devices``: units that make the device at boot."""
+    """The service. ``devices``: units that make the device at boot.
+
+    ``as_root``: the device is a userspace implementation's, whose control socket belongs to root; the one capability is the same then.
+    """
     user = "" if as_root else "User=%s\nGroup=%s\nAmbientCapabilities=CAP_NET_ADMIN\n" % (USER, USER)
     return HEADER + f"""\
 [Unit]
@@ -240,7 +245,7 @@ def wanted_files(config_text, python, as_root, devices):
         CONFIG_FILE: (config_text, 0o644),
         UNIT_FILE: (unit_text(python, as_root, devices), 0o644),
         USERS_FILE: (users_text(), 0o644),
-        FOLDERS_FILE: (folders_text(), 0o644),
+        FOLDERS_FILE: (folders_text(as_root), 0o644),
     }
 
 
@@ -257,7 +262,7 @@ def plan_present(config_text, token, python, as_root, devices, files):
 
 def plan_absent():
     """Steps to a node without agent."""
-    steps = plan_files({path: (None, 0o644) for path in (CONFIG_FILE, UNIT_FILE, USERS_FILE, FOLDERS_FILE)})
+    steps = plan_files(dict.fromkeys((CONFIG_FILE, UNIT_FILE, USERS_FILE, FOLDERS_FILE), (None, 0o644)))
     if os.path.lexists(LINK):
         steps.append({"op": "remove_program", "path": LINK})
     if os.path.lexists(TOKEN_FILE):
@@ -271,7 +276,7 @@ def plan_absent():
 
 
 def apply_present(system, steps, token, files, restart):
-    """Carry out steps of `plan_present`, then start, or start again what changed. The unit is started last: nothing runs half installed."""
+    """Carry out steps of `plan_present`; the unit is started (again) last, so that nothing runs half installed."""
     paths = {step["path"] for step in steps}
     for step in steps:
         if step["op"] in ("write_file", "remove_file"):

@@ -24,7 +24,7 @@ import json
 import re
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _membership, _mesh, _routes_plan, _wg_plan
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import GENERATIONS, MeshError, shown, some_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import GENERATIONS, MeshError, shown
 
 CONFIG_SCHEMA = 1
 STATE_SCHEMA = 1
@@ -494,11 +494,16 @@ def parse_state(text):
     wanted = {"schema", "api", "hindrance", "warnings", "warning_count", "lag", "unproven", "unproven_count", "waits_for_run", "serial",
               "generation", "nodes", "time", "counts", "base"}
     # The agent's user is less than root, who reads this.
-    sound = (isinstance(state, dict) and set(state) == wanted and state["schema"] == STATE_SCHEMA and isinstance(state["time"], (int, float))
-             and all(isinstance(state[field], str) for field in ("api", "hindrance", "waits_for_run"))
-             and all(isinstance(state[field], list) and len(state[field]) <= NAMES_SHOWN and all(isinstance(text, str) for text in state[field])
-                     for field in ("warnings", "unproven")))
-    return state if sound else None
+    if not isinstance(state, dict) or set(state) != wanted or state["schema"] != STATE_SCHEMA:
+        return None
+    if not isinstance(state["time"], (int, float)):
+        return None
+    texts = [state[field] for field in ("api", "hindrance", "waits_for_run")]
+    for field in ("warnings", "unproven"):
+        if not isinstance(state[field], list) or len(state[field]) > NAMES_SHOWN:
+            return None
+        texts += state[field]
+    return state if all(isinstance(text, str) for text in texts) else None
 
 
 def state_warnings(state, active, now_epoch):

@@ -179,12 +179,13 @@ class Follower(threading.Thread):
     """Lists and watches for ever, and tells ``tell(what, value)``, from this thread:
 
     ``listed``: ``{name: reduced object}``, after each list; ``event``: ``(name, reduced object or None for one that is gone)``;
-    ``away``: text, after each failure; ``back``: the watch is up again, and nothing is missing between what was told before and what comes.
-    ``reduce(object)`` is what is kept of an object; it must not raise. ``check(listing)`` says why a list is not to be believed, or nothing:
-    it is told to nobody then, and asked for again.
+    ``away``: text, after each failure; ``back``: the watch is up again, and nothing is missing between what was told and what comes.
+    ``reduce(object)`` is what is kept of an object; it must not raise. ``check(listing)`` says why a list is not to be believed, or
+    nothing: it is told to nobody then, and asked for again.
     """
 
-    def __init__(self, client, path, kind, reduce, tell, check=lambda listing: "", pause=time.sleep, jitter=random.random, clock=time.monotonic):
+    def __init__(self, client, path, kind, reduce, tell, check=lambda listing: "", pause=time.sleep, jitter=random.random,
+                 clock=time.monotonic):
         super().__init__(daemon=True, name="follower")
         self.client, self.path, self.kind, self.reduce, self.tell, self.check = client, path, kind, reduce, tell, check
         self.pause, self.jitter, self.clock = pause, jitter, clock

@@ -13,9 +13,9 @@ version_added: 1.1.0
 author:
   - Kubemesh contributors (@kubemesh)
 description:
-  - Installs a small service on the node, or removes it. The service follows the Nodes of the Kubernetes API, and brings what changes into the
-    peers of the mesh device and into the routes, within fractions of a second and without a run of a playbook. It also repairs what somebody
-    else changed in the kernel.
+  - Installs a small service on the node, or removes it. The service follows the Nodes of the Kubernetes API, and brings what changes into
+    the peers of the mesh device and into the routes, within fractions of a second and without a run of a playbook. It also repairs what
+    somebody else changed in the kernel.
   - It begins with the mesh document that M(kubemesh.wireguard.document) put on the node, and does nothing while a run of the playbooks
     holds the lock of the node.
   - A peer that is new is proven through the tunnel before anything is sent to it. A peer is removed only when the API's list was complete

@@ -260,9 +260,9 @@ agent:
       sample: true
     state:
       description:
-        - What it says of itself, null where it said nothing yet. Most of all C(api), which is V(watching) or what is wrong; C(hindrance), why
-          it does nothing; C(lag), seconds from the last change of the API to the kernel; C(unproven), peers that were not reached through
-          the tunnel yet.
+        - What it says of itself, null where it said nothing yet. Most of all C(api), which is C(watching) or what is wrong; C(hindrance),
+          why it does nothing; C(lag), seconds from the last change of the API to the kernel; C(unproven), peers that were not reached
+          through the tunnel yet.
       type: dict
       sample:
         api: watching
@@ -426,8 +426,10 @@ def look(params, system):
 
 
 def read_agent(system, document):
-    """``(agent for the result, its document or None, warnings)``: what the agent of this node says of itself, and the document it works by
-    where that belongs to the one that is here."""
+    """``(agent for the result, its document or None, warnings)``: what the agent of this node says of itself.
+
+    Its document is the one that it works by, where that belongs to the one that is here.
+    """
     installed = read_text(_agent_install.UNIT_FILE) is not None
     if not installed:
         return {"installed": False, "active": False, "state": None}, None, []

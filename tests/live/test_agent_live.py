@@ -57,7 +57,7 @@ def watched_again(lab, before):
 def test_joins_sends_only_when_accepted_and_leaves(lab):
     lab.api.apply("nodes", lab.node("c"))
     # c has a device that accepts nobody yet: it is a peer, and nothing is sent to it.
-    lab.wait(lambda: lab.keys["c"][1] in lab.allowed("a") and lab.state("a").get("unproven") == ["c"], "c as a peer of a that is not proven")
+    lab.wait(lambda: lab.keys["c"][1] in lab.allowed("a") and lab.state("a").get("unproven") == ["c"], "c as a peer that is not proven")
     assert lab.sends_to("a", "b")
     lab.start("c")
     lab.whole("a", "b", "c")
@@ -104,7 +104,7 @@ def test_a_cidr_goes_from_one_node_to_the_next_at_once(lab):
     lab.stop("c")
     lab.api.delete("nodes", "c")
     lab.api.apply("nodes", apiserver.node("next", [lab.cidr("c")], ["198.18.7.200"], {agentlab.KEY: netlab.new_key()[1]}))
-    lab.wait(lambda: any(lab.cidr("c") in found and "198.18.7.200/32" in found for found in lab.allowed("a").values()), "the next node at a")
+    lab.wait(lambda: any(lab.cidr("c") in found and "198.18.7.200/32" in found for found in lab.allowed("a").values()), "the next node")
     assert lab.cidr("c") not in lab.routes("a")
     lab.api.delete("nodes", "next")
 
@@ -201,7 +201,8 @@ def test_waits_for_a_run(lab):
     assert lab.net.module("a", "lock", state="held", started=1, **lock)["acquired"]
     lab.start("c")
     lab.api.apply("nodes", lab.node("c"))
-    lab.wait(lambda: lab.keys["c"][1] in lab.allowed("b") and "tester runs reconcile" in lab.state("a")["waits_for_run"], "c at b, a that waits")
+    lab.wait(lambda: lab.keys["c"][1] in lab.allowed("b") and "tester runs reconcile" in lab.state("a")["waits_for_run"],
+             "c at b, a that waits")
     assert lab.keys["c"][1] not in lab.allowed("a")
     lab.net.module("a", "lock", state="absent", **lock)
     lab.whole("a", "b", "c")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 
@@ -68,7 +69,8 @@ def following(previous, found, now=0.0, remembered=None, **config):
 
 # --- the same as the controller's ------------------------------------------------------------------------------------------------------
 
-VALUES = st.none() | st.booleans() | st.integers(0, 1) | st.sampled_from(["", "false", "10.244.1.0/24", "198.18.0.1", "InternalIP", "{{ 7 }}"])
+TEXTS = st.sampled_from(["", "false", "10.244.1.0/24", "198.18.0.1", "InternalIP", "{{ 7 }}"])
+VALUES = st.none() | st.booleans() | st.integers(0, 1) | TEXTS
 ANYTHING = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 
 
@@ -229,11 +231,10 @@ def test_a_node_that_turns_bad_stays_as_it_was():
 
 # --- the kernel ------------------------------------------------------------------------------------------------------------------------
 
-def device(doc, **peers):
+def device(doc):
     """A device that is as a document says, for w1."""
-    state = _wg_plan.apply_steps(dict(_wg_plan.empty_state("wgmesh0"), public_key=documents.key(1), listen_port=51840, fwmark=4096),
-                                 [dict(peer, op="add_peer", public_key=key) for key, peer in _mesh.peers_of(doc, "w1", 0).items()])
-    return state
+    return _wg_plan.apply_steps(dict(_wg_plan.empty_state("wgmesh0"), public_key=documents.key(1), listen_port=51840, fwmark=4096),
+                                [dict(peer, op="add_peer", public_key=key) for key, peer in _mesh.peers_of(doc, "w1", 0).items()])
 
 
 LINK = {"kind": "wireguard", "mtu": 1420, "up": True, "addrgenmode": "none", "addresses": []}
@@ -326,7 +327,7 @@ def test_rules_of_a_file_that_is_none(text):
     assert _routes_plan.rules_of_batch("rule add " + text, "ipv4") == [] or "lookup" in text
 
 
-# --- what is kept and told -----------------------------------------------------------------------------------------------------------------
+# --- what is kept and told -------------------------------------------------------------------------------------------------------------
 
 def test_settles_after_a_pause_and_at_the_latest():
     assert plan.settle_at(0.0, 0.0) == plan.SETTLE and plan.settle_at(0.0, 10.0) == plan.SETTLE_LONGEST
@@ -344,7 +345,7 @@ def test_memory():
 
 def test_config():
     assert plan.parse_config(plan.config_text(CONFIG)) == CONFIG
-    for change in ({"grace": -1}, {"node": "W 1"}, {"interface": "x" * 15}, {"table": 254}, {"table": True}, {"extra": 1}, {"server": None}):
+    for change in ({"grace": -1}, {"node": "W 1"}, {"interface": "x" * 15}, {"table": 254}, {"table": True}, {"extra": 1}, {"server": 1}):
         with pytest.raises(MeshError):
             plan.parse_config(plan.config_text(dict(CONFIG, **change)))
     with pytest.raises(MeshError, match="not JSON"):
@@ -357,8 +358,6 @@ def summary(**other):
 
 
 def test_state_is_read_and_judged():
-    import json
-
     state = summary()
     assert plan.parse_state(json.dumps(state)) == state
     for damaged in ({"time": "x"}, {"warnings": [1]}, {"warnings": ["x"] * 100}, {"api": None}, {"more": 1}):
@@ -371,7 +370,8 @@ def test_state_is_read_and_judged():
 
 
 def test_metrics():
-    rows = [{"name": "w2", "public_key": documents.key(2), "handshake_age": None, "rx_bytes": 5, "tx_bytes": 10 ** 12, "state": "encrypted"},
+    rows = [{"name": "w2", "public_key": documents.key(2), "handshake_age": None, "rx_bytes": 5, "tx_bytes": 10 ** 12,
+             "state": "encrypted"},
             {"name": "(unknown)", "public_key": documents.key(3), "handshake_age": 7, "rx_bytes": 0, "tx_bytes": 0, "state": "unknown"}]
     lines = plan.metrics_text(rows, summary()).splitlines()
     assert 'kubemesh_peer_transmit_bytes_total{peer="w2"} 1000000000000' in lines

@@ -176,7 +176,7 @@ def test_tls_tokens_and_rotation(tmp_path):
         token.write_text("t-1\n")
         assert client.list(NODES, "NodeList", str)[0] == []
         api.set_tokens({"agent": "t-2"})
-        with pytest.raises(_kube_watch.ApiError, match="401.*renew the one in"):
+        with pytest.raises(_kube_watch.ApiError, match=r"401.*renew the one in"):
             client.list(NODES, "NodeList", str)
         token.write_text("t-2\n")
         assert client.list(NODES, "NodeList", str)[0] == []

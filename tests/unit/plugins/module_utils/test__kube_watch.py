@@ -92,8 +92,11 @@ def test_what_follows_from_an_error():
     assert isinstance(watch.status_error(410, b"", WHERE), watch.Gone) and issubclass(watch.ApiError, MeshError)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.sampled_from(["type", "object", "metadata", "resourceVersion", "name", "code", "kind", "items"]), inner)))
+FIELDS = st.sampled_from(["type", "object", "metadata", "resourceVersion", "name", "code", "kind", "items"])
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner)))
 def test_nothing_but_errors_of_ours(value):
     data = json.dumps(value)
     for parse in (lambda: watch.parse_event(data, "x"), lambda: watch.parse_page(data, "NodeList", "x"),
