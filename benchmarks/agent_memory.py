@@ -5,12 +5,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Memory and processor time of one node agent in a big cluster, with the status updates of all its kubelets.
 
-    python3 benchmarks/agent_memory.py --nodes 1000 --seconds 30 --updates 20
+    PYTHONPATH=DIRECTORY_OF_ANSIBLE_COLLECTIONS python3 benchmarks/agent_memory.py --nodes 1000 --seconds 30 --updates 20
 
-Needs root, network namespaces, wireguard-go. The agent runs as its unit starts it (no site-packages), with a real device and real routes, and
-an API server that sends ``--updates`` status updates a second (kubelets send one each 5 minutes where nothing changes: 3.3 a second at 1,000
-nodes) and every fifth second a change that matters. Peers exist in the document only: they do not answer, so that the proving of silent
-peers is part of what is measured. The last line is JSON.
+Needs root, network namespaces, wireguard-go. The agent runs as its unit starts it (no site-packages), with a real device and real routes,
+and an API server that sends ``--updates`` status updates a second (kubelets send one each 5 minutes where nothing changes: 3.3 a second at
+1,000 nodes) and every fifth second a change that matters. Peers exist in the document only: they do not answer, so that the proving of
+silent peers is part of what is measured. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def main():
             (program / path).parent.mkdir(parents=True, exist_ok=True)
             (program / path).write_text(text, encoding="utf-8")
         with open(lab.place("a") / "log", "ab") as handle:
-            agent = subprocess.Popen(["nsenter", "--net=/run/netns/" + lab.net.ns("a"), sys.executable, "-I", "-S", str(program / "start.py"),
-                                      str(lab.place("a") / "agent.json")], stdin=subprocess.DEVNULL, stdout=handle, stderr=handle)
+            agent = subprocess.Popen(
+                ["nsenter", "--net=/run/netns/" + lab.net.ns("a"), sys.executable, "-I", "-S", str(program / "start.py"),
+                 str(lab.place("a") / "agent.json")], stdin=subprocess.DEVNULL, stdout=handle, stderr=handle)
         lab.agents["a"] = agent
         began = time.monotonic()
         lab.wait(lambda: len(lab.allowed("a")) >= arguments.nodes, "all peers", 300)
@@ -86,11 +87,11 @@ def main():
                 lags.append(lab.state("a").get("lag"))
             time.sleep(1.0 / arguments.updates)
         after = usage(agent.pid)
-        print(json.dumps({
+        sys.stdout.write(json.dumps({
             "nodes": arguments.nodes, "updates_per_second": arguments.updates, "seconds_to_first_peers": round(first, 2),
             "rss_mb": round(after["rss_kb"] / 1024.0, 1), "peak_mb": round(after["peak_kb"] / 1024.0, 1),
             "cpu_percent": round(100 * (after["cpu_seconds"] - start["cpu_seconds"]) / arguments.seconds, 1),
-            "state": lab.state("a"), "log": lab.log("a").splitlines()[-3:]}))
+            "state": lab.state("a"), "log": lab.log("a").splitlines()[-3:]}) + "\n")
 
 
 if __name__ == "__main__":
