@@ -41,13 +41,13 @@ test-live: ## Modules against userspace WireGuard in network namespaces (root)
 	@$(RUN) gate live
 
 test-lab: ## The playbooks on a cluster of hosts with systemd (root)
-	@$(RUN) gate lab lab-variants lab-change
+	@$(RUN) gate lab lab-variants lab-kill lab-change lab-self
 
-test-long: ## Changes under traffic and 60 controllers killed at random moments (root, hours)
-	@KUBEMESH_KILLS=60 $(RUN) gate lab-change
+test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, hours)
+	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-self
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
-	@$(RUN) gate kernel
+	@$(RUN) gate kernel kernel-boot
 
 molecule: ## The default Molecule scenario (root)
 	@$(RUN) gate molecule

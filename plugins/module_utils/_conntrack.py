@@ -181,12 +181,17 @@ def untranslated_answer(orig, reply):
     return turned
 
 
+def identity_of(parts):
+    """What tells a connection from all others, of its attributes. The kernel's id alone has 32 bits: of 50,000 two may have the same."""
+    return parts.get(CTA_ID), parts.get(CTA_TUPLE_ORIG)
+
+
 def decode_connection(family, data):
     """One dumped conntrack entry (the attributes behind nfgenmsg) as plain data.
 
-    Returns {"family", "orig", "reply", "status", "timeout", "mark", "zone", "labels", "id", "child": whether another connection announced
-    it, "tcp", "protoinfo": of a protocol other than TCP, as it came, "as_is": {attribute: payload}}; keys whose attribute is missing are
-    None.
+    Returns {"family", "orig", "reply", "status", "timeout", "mark", "zone", "labels", "id", "identity", "child": whether another connection
+    announced it, "tcp", "protoinfo": of a protocol other than TCP, as it came, "as_is": {attribute: payload}}; keys whose attribute is
+    missing are None.
     """
     parts = attributes(data)
 
@@ -218,6 +223,7 @@ def decode_connection(family, data):
         "zone": number(CTA_ZONE, "!H"),
         "labels": parts.get(CTA_LABELS),
         "id": parts.get(CTA_ID),
+        "identity": identity_of(parts),
         "child": CTA_TUPLE_MASTER in parts,
         "tcp": tcp,
         "protoinfo": parts.get(CTA_PROTOINFO) if tcp is None else None,
@@ -385,7 +391,7 @@ class Conntrack:
         self.socket.close()
 
     def dump(self, family, known=()):
-        """Every source-translated connection of an address family (AF_INET, AF_INET6) whose id is not known yet, decoded."""
+        """Every source-translated connection of an address family (AF_INET, AF_INET6) whose identity is not known yet, decoded."""
         self.sequence += 1
         # Linux 5.15 and newer filter by status themselves; older ones ignore the attributes and send all, filtered by must_move.
         status = struct.pack("!I", IPS_SRC_NAT)
@@ -401,7 +407,7 @@ class Conntrack:
                     code = error_code(body)
                     raise OSError(code, os.strerror(code))
                 # Decoding costs more than everything else here, and most of a second pass is known.
-                if attributes(body[4:]).get(CTA_ID) not in known:
+                if identity_of(attributes(body[4:])) not in known:
                     yield decode_connection(family, body[4:])
 
     def exchange(self, family, requests):
@@ -456,7 +462,7 @@ class Conntrack:
     def replace(self, connection):
         """Replace one entry by itself, translated without a device.
 
-        Returns (0, id of the new entry), or (errno of the step that did not work, None).
+        Returns (0, identity of the new entry), or (errno of the step that did not work, None).
         """
         family = connection["family"]
         # A dump takes time; a connection that was closed since must not come back as an established one that lives for days.
@@ -480,7 +486,7 @@ class Conntrack:
                 (IPCTNL_MSG_CT_DELETE, 0, delete_attributes(dict(connection, id=None, orig=connection[side])))
                 for side in ("orig", "reply")]
             (dummy1, dummy2, code, dummy3), made = self.exchange(family, in_the_way + anew)
-        return code, made["id"] if code == 0 and made is not None else None
+        return code, made["identity"] if code == 0 and made is not None else None
 
 
 class Begun:
@@ -499,7 +505,7 @@ class Begun:
         self.socket.close()
 
     def read(self, known=()):
-        """(connections that began since the last call and whose id is not known yet, whether all of them)."""
+        """(connections that began since the last call and whose identity is not known yet, whether all of them)."""
         found, complete = [], True
         while True:
             try:
@@ -514,7 +520,7 @@ class Begun:
             for dummy, dummy2, body in messages(data):
                 parts = attributes(body[4:])
                 # Most of them are those that we made, and decoding costs more than all the rest.
-                if parts.get(CTA_ID) not in known and parts.get(CTA_ZONE) != PACKED_ZONE:
+                if identity_of(parts) not in known and parts.get(CTA_ZONE) != PACKED_ZONE:
                     found.append(decode_connection(struct.unpack_from("=B", body)[0], body[4:]))
 
     def forget(self):
@@ -572,7 +578,7 @@ class Carrier:
 
     def concerns(self, connection):
         """Whether a connection is one of those that must move and have not been replaced."""
-        return connection["id"] not in self.done and connection["family"] in self.families and must_move(connection, self.networks)
+        return connection["identity"] not in self.done and connection["family"] in self.families and must_move(connection, self.networks)
 
     def replace_all(self, connections, led=True):
         """Replace connections, as many at a time as can be led around.
@@ -604,11 +610,11 @@ class Carrier:
 
     def replace(self, connection, safe):
         """Replace one connection. safe: whether no packet can meet it while that happens."""
-        code, made_id = self.clients[1].replace(connection)
+        code, made = self.clients[1].replace(connection)
         if code == 0:
             self.result["replaced"] += 1
             self.result["exposed"] += not safe and connection["orig"]["proto"] != IPPROTO_TCP
-            self.done.add(made_id)
+            self.done.add(made)
         elif code not in (errno.ENOENT, errno.EEXIST):
             self.result["left"] += 1
             self.result["error"] = os.strerror(code)
@@ -650,7 +656,7 @@ def carry_over(cidrs, passes=2, done=None, switch=None):
     """Replace every masqueraded connection towards the CIDRs, those that begin meanwhile as well.
 
     :param passes: how often all connections are read; more where so many begin that the kernel cannot tell of each.
-    :param done: set of ids of connections that were replaced before and need not be again; those that are replaced now are added.
+    :param done: set of identities of connections that were replaced before and need not be again; those that are replaced now are added.
     :param switch: what makes packets take another device. It is called right after the last pass, whatever became of that, and one more
         pass follows. What it raises goes on to the caller.
     :returns: {"replaced": n, "left": n, "guarded": bool, "detoured": bool, "exposed": n, "error": text or ""}. Guarded, detoured: whether

@@ -781,6 +781,10 @@ def _kept_nodes(candidates, previous, options, warnings):
     listed = present & set(options["forget_nodes"])
     if listed:
         warnings.append("forget_nodes: %s is still in the node list and stays; delete the Node, or use exclude_nodes" % name_list(listed))
+    unknown = set(options["forget_nodes"]) - present - set(previous["nodes"] if previous else ())
+    if unknown:
+        warnings.append("forget_nodes: %s is in neither the node list nor the last mesh document: there is nothing to forget; if that is"
+                        " no typing mistake, take it out" % name_list(unknown))
     if previous is None or options["complete"]:
         return {}
     missing = set(previous["nodes"]) - present - set(options["forget_nodes"])

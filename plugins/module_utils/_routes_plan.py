@@ -364,7 +364,7 @@ def devices_of_answers(text):
 
 
 def check_settings(settings):
-    """Raise `MeshError` where the numbers of the steering cannot be used."""
+    """Raise `MeshError` where the numbers and prefixes of the steering cannot be used."""
     table, priority, mark = settings["table"], settings["rule_priority"], settings["fwmark"]
     # 253 to 255 are default, main and local; 0 is "all" (rt_tables). The next table is used too.
     if not 1 <= table <= 0xFFFFFFFE or table in (252, 253, 254, 255):
@@ -375,8 +375,11 @@ def check_settings(settings):
                         % (priority, 32765 - PRIORITIES))
     for cidr in settings.get("exempt_cidrs", ()):
         try:
-            ipaddress.ip_network(cidr)
+            everything = ipaddress.ip_network(cidr).prefixlen == 0
         except ValueError as exc:
             raise MeshError("mesh_exempt_cidrs: %s is not a prefix such as 192.0.2.0/24 (%s)" % (shown(cidr), exc)) from None
+        if everything:
+            raise MeshError("mesh_exempt_cidrs: %s is every address there is; to encrypt nothing between nodes, set mesh_encrypt=pods"
+                            % cidr)
     if not 1 <= mark <= 0xFFFFFFFF:
         raise MeshError("mesh_fwmark: %d: a mark is a number from 1 to 0xffffffff" % mark)

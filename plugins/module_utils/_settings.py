@@ -14,7 +14,6 @@ Pure: standard library only, no I/O, no clock, Python 3.8 and newer. A fault is 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
@@ -65,13 +64,6 @@ def faults_of(settings):
             check_settings(settings)
         except MeshError as exc:
             found.append(str(exc))
-    for cidr in settings.get("exempt_cidrs") or ():
-        try:
-            everything = ipaddress.ip_network(cidr).prefixlen == 0
-        except ValueError:
-            continue
-        if everything:
-            found.append("mesh_exempt_cidrs: %s is every address there is; to encrypt nothing between nodes, set mesh_encrypt=pods" % cidr)
     for port in settings.get("admin_ports") or ():
         if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
             found.append("mesh_admin_ports: %s is no TCP port; take numbers from 1 to 65535" % shown(port))

@@ -207,6 +207,10 @@ def guard_lines(guard):
     return ["  strict: dropped %s" % (", ".join(dropped) or "nothing")]
 
 
+# A host of which nothing is known may have failed before it was looked at.
+NO_ANSWER = "no answer: not reached, or failed before it was asked"
+
+
 def mesh_table(nodes):
     """The mesh for people, a block per node.
 
@@ -217,7 +221,7 @@ def mesh_table(nodes):
     lines = []
     for info in nodes:
         if "peers" not in info:
-            lines += ["%s: %s" % (info["node"], info.get("msg", "not reached")), ""]
+            lines += ["%s: %s" % (info["node"], info.get("msg", NO_ANSWER)), ""]
             continue
         device = info["device"]
         lines.append("%s: %s, %s, %s" % (

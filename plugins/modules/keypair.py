@@ -124,10 +124,16 @@ msg:
   sample: "the key at /etc/wireguard/wgmesh0.key is kept"
 """
 
+import errno
+
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _keys
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+
+# What to do about it is the same for all three; nothing half written is left.
+REMEDIES = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS), "make room on the file system, or mount it to be written, and run again")
 
 
 def side_of_diff(path, found, public_key):
@@ -220,8 +226,8 @@ def main():
     except MeshError as exc:
         module.fail_json(msg=str(exc))
     except OSError as exc:
-        module.fail_json(msg="%s: %s; run this task as root (become: true) and check the file system" % (
-            exc.filename or path, exc.strerror))
+        module.fail_json(msg="%s: %s; %s" % (
+            exc.filename or path, exc.strerror, REMEDIES.get(exc.errno, "run this task as root (become: true) and check the file system")))
     module.exit_json(**outcome)
 
 

@@ -20,6 +20,7 @@ import errno
 import importlib
 import json
 import os
+import pathlib
 import re
 import selectors
 import socket
@@ -341,6 +342,7 @@ class Cluster:
     def __init__(self, nodes=3, pods=1, prefix="km", strict_rp_filter=True, machine=False):
         self.prefix = prefix
         self.machine = machine
+        self.calls = []  # (begin, end, "module on nodes") of what ran: a loss is told with what was done then
         self.nodes = []
         for number in range(1, nodes + 1):
             netns = "%sn%d" % (prefix, number)
@@ -420,10 +422,15 @@ class Cluster:
 
     def module(self, where, name, /, check_mode=False, diff=False, allow_failure=False, **args):
         """One module on one node: its result."""
-        return end_module(start_module(where, name, args, check_mode, diff), allow_failure)
+        begin = time.monotonic()
+        try:
+            return end_module(start_module(where, name, args, check_mode, diff), allow_failure)
+        finally:
+            self.calls.append((begin, time.monotonic(), "%s on %s" % (name, where.node_name)))
 
     def modules(self, name, /, check_mode=False, diff=False, nodes=None, **args):
         """The same module on all nodes at once: {node name: result}. A callable argument is called with the node."""
+        begin = time.monotonic()
         started = []
         for node in nodes or self.nodes:
             values = {key: value(node) if callable(value) else value for key, value in args.items()}
@@ -434,6 +441,7 @@ class Cluster:
                 results[one[0].node_name] = end_module(one)
             except RuntimeError as exc:
                 failure = exc
+        self.calls.append((begin, time.monotonic(), "%s on %s" % (name, ", ".join(one[0].node_name for one in started))))
         if failure:
             raise failure
         return results
@@ -491,9 +499,39 @@ class Cluster:
     def pinger(self, kinds=("pod-pod", "host-pod", "pod-host"), rate=RATE):
         return Background(_ping_loop, self.flows(kinds), rate)
 
+    def losses(self, report):
+        """{} or what a pinger lost, with all that helps to find out why: {flow: {"lost", "errors", "when"}, "counters": {node: text}}."""
+        found = {}
+        for name, flow in report["flows"].items():
+            if flow["lost"]:
+                when = [self._doing(at, report) for at in flow["lost_at"][:5]]
+                found[name] = {"lost": flow["lost"], "errors": flow["errors"], "when": when}
+        if found:
+            found["counters"] = {node.node_name: node.call(_drop_counters) for node in self.nodes}
+        return found
+
+    def _doing(self, moment, report):
+        doing = ["%s since %.2f s" % (text, moment - begin) for begin, end, text in self.calls if begin <= moment <= end]
+        done = ["%.2f s after %s" % (moment - end, text) for dummy, end, text in self.calls if end < moment]
+        return "at %.2f s: %s" % (moment - report["start"], ", ".join(doing + done[-1:]) or "before any module")
+
     def sniffer(self, port=None):
         """port: only that port of the underlay's bridge."""
         return Background(_sniff_loop, self.wire, port)
+
+
+def _drop_counters():
+    """The counters of this namespace by which the kernel tells why it dropped something, those that are not 0."""
+    found = {}
+    for path in ("/proc/net/snmp", "/proc/net/netstat"):
+        lines = [line.split() for line in pathlib.Path(path).read_text().splitlines()]
+        for names, values in zip(lines[::2], lines[1::2]):
+            found.update((names[0] + name, int(value)) for name, value in zip(names[1:], values[1:]))
+    for line in pathlib.Path("/proc/net/snmp6").read_text().splitlines():
+        name, value = line.split()
+        found[name] = int(value)
+    words = ("Discard", "NoRoute", "Errors", "Filter", "Drop", "NoPorts", "ForwDatagrams")
+    return {name: value for name, value in found.items() if value and any(word in name for word in words)}
 
 
 def _write_sysctls(values):

@@ -31,7 +31,7 @@ def test_a_host_that_fails_half_way_is_left_out_and_stays_connected(lab):
     assert "/etc/kubemesh" in run.text
     assert run.recap["node-3"]["failed"] == 1 and run.recap["node-1"]["failed"] == 0
     lab.exec("node-3", ["rm", "/etc/kubemesh"])
-    found = states(lab)
+    found = states(infos(lab))
     for node, peer in (("node-1", "node-2"), ("node-2", "node-1")):
         # Its key is known, so what it sends is accepted; ours to it goes the way of the CNI.
         assert found[node] == {peer: "encrypted", "node-3": "accepting"}
@@ -83,7 +83,7 @@ def test_drift_is_mended_by_the_next_run(lab, nodes):
             lab.exec(node, ["sh", "-c", command])
     run = playbook(lab, "enable", preflight=False)
     assert {node for node, number in run.changed().items() if number} == set(nodes)
-    assert all_encrypted(lab)
+    assert all_encrypted(infos(lab))
 
 
 def test_nothing_is_left_to_mend(lab):

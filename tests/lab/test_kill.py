@@ -10,6 +10,7 @@ three.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -22,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import traffic
-from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, states
+from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, sniffed, states
 
 PODS = ("pod-pod", "host-pod", "pod-host")
 KILLS = int(os.environ.get("KUBEMESH_KILLS", "12"))
@@ -77,16 +78,13 @@ def test_killed(lab, number, name):
     book, args = arguments(name)
     encrypted = OPERATIONS[name][2]
     with Watched(lab, streams=False):
+        with sniffed(lab, encrypted) if encrypted else contextlib.nullcontext({}) as found:
+            moment = killed(lab, name)
+            print("%s killed after %.1f s" % (name, moment))
+            # What was on its way to the nodes comes to its end there.
+            time.sleep(2)
         if encrypted:
-            markers, sniffer = traffic.start_markers(lab, kinds=encrypted), traffic.start_sniffer(lab)
-        moment = killed(lab, name)
-        print("%s killed after %.1f s" % (name, moment))
-        # What was on its way to the nodes comes to its end there.
-        time.sleep(2)
-        if encrypted:
-            seen, sent = sniffer.stop(), markers.stop()
-            assert sent["received"] > 0 and seen["frames"] > 0 and seen["drops"] == 0, (sent, seen)
-            assert seen["clear_frames"] == 0, seen["clear"][:10]
+            assert found["seen"]["clear_frames"] == 0, found["seen"]["clear"][:10]
         started = time.monotonic()
         playbook(lab, book, *args, source=None)
         lab.takes[name] = min(lab.takes[name] * 2, max(3.0, time.monotonic() - started))
@@ -94,5 +92,5 @@ def test_killed(lab, number, name):
     if name == "disable":
         assert {info["exists"] for info in found.values()} == {False}
     else:
-        assert all_encrypted(lab), states(lab)
+        assert all_encrypted(found), states(found)
         assert {info["guard"]["in_force"] for info in found.values()} == {name == "strict on"}

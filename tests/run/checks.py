@@ -21,7 +21,7 @@ import prepare
 from prepare import TESTS
 
 # Characters of a failed test's message in the summary: the end of it says what was wrong. The whole is in the log.
-FAILURE_TEXT = 600
+FAILURE_TEXT = 1500
 
 
 @dataclasses.dataclass
@@ -213,6 +213,35 @@ def changelog(context):
     context.run([tool(context, "antsibull-changelog"), "lint-changelog-yaml", "changelogs/changelog.yaml"], env=environment(context))
 
 
+@check("live", timeout=900, cores=0)
+def live(context):
+    """Modules against WireGuard devices and routes in network namespaces."""
+    # They wait for answers that do not come, most of the time, so there is room for them beside all that only computes.
+    need_root()
+    prepare.debian_packages("iproute2", "iputils-ping", "nftables", "wireguard-go", "wireguard-tools")
+    return pytest(context, *test_files("live"), pythonpath=[tree(context).parents[2]])
+
+
+def kernel_tests(context, *selection):
+    """pytest on the cases of the emulated machine."""
+    need_root()
+    env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context), "KUBEMESH_KERNEL_PATIENCE": "2"}
+    return pytest(context, *test_files("kernel"), *selection, pythonpath=[tree(context).parents[2]], env=env)
+
+
+@check("kernel", timeout=1500)
+def kernel(context):
+    """The modules with the kernel's WireGuard, in an emulated machine."""
+    # Here, and on one core: it takes as long as all that follows up to the checks that measure, which then have the machine to themselves.
+    return kernel_tests(context, "-k", "not persistence")
+
+
+@check("kernel-boot", timeout=900)
+def kernel_boot(context):
+    """The kernel's WireGuard over reboots of an emulated machine with systemd."""
+    return kernel_tests(context, "-k", "persistence")
+
+
 @check("static", timeout=240)
 def docs(context):
     """Documentation of plugins, roles and guides: schema, markup, references to options and plugins."""
@@ -237,24 +266,6 @@ def unit_core_2_19(context):
     """Unit tests of everything, ansible-core 2.19 on Python 3.11."""
     others = prepare.other_collections(tool(context, "python"))
     return pytest(context, "tests/unit", pythonpath=[tree(context).parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others})
-
-
-@check("kernel", timeout=1500)
-def kernel(context):
-    """The modules with the kernel's WireGuard, in an emulated machine."""
-    # Here, and on one core: it takes as long as all that follows up to the checks that measure, which then have the machine to themselves.
-    need_root()
-    env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context), "KUBEMESH_KERNEL_PATIENCE": "2"}
-    return pytest(context, *test_files("kernel"), pythonpath=[tree(context).parents[2]], env=env)
-
-
-@check("live", timeout=900, cores=0)
-def live(context):
-    """Modules against WireGuard devices and routes in network namespaces."""
-    # They wait for answers that do not come, most of the time, so there is room beside the emulated machine.
-    need_root()
-    prepare.debian_packages("iproute2", "iputils-ping", "nftables", "wireguard-go", "wireguard-tools")
-    return pytest(context, *test_files("live"), pythonpath=[tree(context).parents[2]])
 
 
 def ansible_test(context, venv, *arguments):
@@ -403,8 +414,10 @@ def collections_path(context):
 
 # Lab tests that are checks of their own; "lab" is the others.
 LAB_FILES = {
+    "lab-self": ("test_lab_self.py",),
     "lab-variants": ("test_variants.py",),
-    "lab-change": ("test_faults.py", "test_change.py", "test_strict.py", "test_kill.py"),
+    "lab-kill": ("test_kill.py",),
+    "lab-change": ("test_faults.py", "test_change.py", "test_rotation.py", "test_strict.py"),
 }
 
 
@@ -430,10 +443,22 @@ def lab_variants(context):
     return lab_tests(context, "lab-variants")
 
 
+@check("lab-kill", timeout=5400, cores=2)
+def lab_kill(context):
+    """The controller is killed at random moments: KUBEMESH_KILLS (12) of them."""
+    return lab_tests(context, "lab-kill")
+
+
 @check("lab-change", timeout=2700, cores=2)
 def lab_change(context):
-    """What changes while a mesh is in use, strict mode, hosts and batches that fail, and controllers that are killed."""
+    """What changes while a mesh is in use, strict mode, hosts and batches that fail."""
     return lab_tests(context, "lab-change")
+
+
+@check("lab-self", timeout=600, cores=2)
+def lab_self(context):
+    """The lab itself: what counts packets sees those that are lost, what looks at the wire sees what is in clear."""
+    return lab_tests(context, "lab-self")
 
 
 @check("molecule", timeout=600, cores=2)

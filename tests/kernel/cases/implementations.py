@@ -137,4 +137,4 @@ def case_the_same_mesh_from_the_modules_and_both_kinds_talk(env):
         assert kinds == {"worker-1": True, "worker-2": False}
         for part, kernel in meshes["kernel"].items():
             assert kernel == meshes["userspace"][part], "%s:\nkernel: %s\nuserspace: %s" % (part, kernel, meshes["userspace"][part])
-        assert report["lost"] == 0, {name: flow["lost"] for name, flow in report["flows"].items() if flow["lost"]}
+        assert report["lost"] == 0, lab.losses(report)

@@ -315,4 +315,4 @@ def case_allowed_ips_change_under_traffic(env):
         assert set(after) == {other}, "throw-away peers were left behind: %s" % sorted(after)
         assert after[other]["allowed_ips"] == before["allowed_ips"]
         assert after[other]["last_handshake"] == before["last_handshake"], "the session was reset"
-        assert report["lost"] == 0, report["flows"]
+        assert report["lost"] == 0, lab.losses(report)

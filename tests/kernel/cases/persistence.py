@@ -127,7 +127,7 @@ def check_restored(env, lab):
     with lab.sniffer("n2") as sniffer, lab.pinger(("pod-pod", "host-pod"), rate=10) as pinger:
         time.sleep(1)
         report, seen = pinger.stop(), sniffer.stop()
-    assert report["lost"] == 0, report["flows"]
+    assert report["lost"] == 0, lab.losses(report)
     assert not seen["plain"], "in clear after a reboot: %s" % seen["plain"]
     return machine
 
@@ -182,7 +182,7 @@ def case_1_set_up_with_wg_quick(env):
         lab.module(peer, "routes", node="worker-2", send=True, persist=False)
         report = pinger.stop()
     env.note(sent=report["sent"], lost=report["lost"])
-    assert report["lost"] == 0, report["flows"]
+    assert report["lost"] == 0, lab.losses(report)
     unchanged(lab, "wg-quick")
     save(lab)
     secret = pathlib.Path("/etc/wireguard/wgmesh0.key").read_text().strip()
@@ -216,7 +216,7 @@ def _after_wg_quick(env):
         time.sleep(2)
         report = pinger.stop()
     env.note(sent=report["sent"], lost=report["lost"])
-    assert report["lost"] == 0, report["flows"]
+    assert report["lost"] == 0, lab.losses(report)
     unchanged(lab, "systemd-networkd")
     save(lab)
 
@@ -241,7 +241,7 @@ def _after_networkd(env):
         time.sleep(0.5)
         report = pinger.stop()
     env.note(sent=report["sent"], lost=report["lost"])
-    assert report["lost"] == 0, report["flows"]
+    assert report["lost"] == 0, lab.losses(report)
     os.unlink(cluster.DOCUMENT)
     before, after = json.loads((KEEP / "before.json").read_text()), everything()
     after["files"] = [name for name in after["files"] if os.path.exists(name)]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from ansible_collections.kubemesh.wireguard.plugins.filter import findings_table, lock_verdict
 from ansible_collections.kubemesh.wireguard.plugins.filter import mesh as plugin
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._status import NO_ANSWER
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _hostvars
 
 FILTERS = plugin.FilterModule().filters()
@@ -129,7 +130,7 @@ def test_mesh_table():
     hostvars = {"w1": {"__info": info}, "w2": {"__info": {"failed": True, "msg": "no ip"}}, "w3": {}}
     lines = FILTERS["mesh_table"](["w1", "w2", "w3"], hostvars, "__info")
     assert lines == ["worker-1: no mesh device, does not send through the mesh, no peers", "  something", "", "w2: no ip", "",
-                     "w3: not reached", ""]
+                     "w3: " + NO_ANSWER, ""]
     peer = {"name": "b", "endpoint": None, "handshake_age": 1, "rx_bytes": 0, "tx_bytes": 0, "state": "encrypted", "addresses": [],
             "reason": ""}
     hostvars["w1"]["__info"] = dict(info, peers=[peer], warnings_of_mesh=[])
@@ -142,7 +143,7 @@ def test_mesh_table_names_who_was_left_out():
                 "w2": {"__mesh_name": "worker-2", "__mesh_computed": {"excluded": {"worker-2": "runs Windows"}}},
                 "w3": {"__mesh_name": "worker-3"}, "w4": {}}
     assert FILTERS["mesh_table"](list(hostvars), hostvars, "__info")[::2] == [
-        "w1: no ip", "w2: excluded: runs Windows", "w3: not reached", "w4: not reached"]
+        "w1: no ip", "w2: excluded: runs Windows", "w3: " + NO_ANSWER, "w4: " + NO_ANSWER]
 
 
 # --- membership --------------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ class Node:
         self.warnings = []
         self.hooks = []  # functions that look at each change before it is made
         self.forgotten = []  # functions that are told of a link that went
+        self.parted = False  # whether table local was parted from main before the first rule, see _fib_split
 
     # --- what System uses of a module ----------------------------------------------------------------------------------------------
 
@@ -84,6 +85,9 @@ class Node:
             return json.dumps(self._show(words[2:]))
         if words[-2:] == ["-batch", "-"]:
             family = FAMILIES[words[0]]
+            if "-force" in words and any(line.startswith("rule ") for line in data.splitlines()):
+                self.parted = True
+                return ""
             if "-force" in words:
                 return "".join(self._get(family, line.split()) for line in data.splitlines())
             for line in data.splitlines():

@@ -395,9 +395,10 @@ class Begun:
         kernel.sockets += 1
 
     def read(self, known):
-        begun, self.kernel.begun = [entry for entry in self.kernel.begun if entry["id"] not in known], []
+        begun, self.kernel.begun = self.kernel.begun, []
         lost, self.kernel.lost = self.kernel.lost, max(0, self.kernel.lost - 1)
-        return [ct.decode_connection(2 if len(entry["orig"]["src"]) == 4 else 10, self.kernel.packed(entry)) for entry in begun], not lost
+        told = [ct.decode_connection(2 if len(entry["orig"]["src"]) == 4 else 10, self.kernel.packed(entry)) for entry in begun]
+        return [entry for entry in told if entry["identity"] not in known], not lost
 
     def forget(self):
         self.kernel.begun = []
@@ -489,6 +490,15 @@ def test_all_of_them_once(kernel):
     # and not a second time
     assert ct.carry_over(CIDRS, passes=1, done=done) == result_of()
     assert NoGuard.started == 1, "no guard where nothing is replaced"
+
+
+def test_one_that_has_the_id_of_another_is_not_taken_for_it(kernel):
+    done = set()
+    ct.carry_over(CIDRS, done=done)
+    replaced = next(iter(done))[0]
+    for entry in kernel.entries:
+        entry["id"] = replaced
+    assert ct.carry_over(CIDRS, passes=1, done=done)["replaced"] == 4
 
 
 def test_only_the_families_asked_for(kernel):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import is_split, split_lines, split_local_table
 
 # As `ip -4 -j -N` printed them (iproute2 6.1).

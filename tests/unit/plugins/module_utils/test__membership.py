@@ -497,6 +497,11 @@ class TestMembership:
         assert sorted(document["nodes"]) == ["worker-1", "worker-3"]
         assert len(warnings) == 1
 
+    def test_a_name_that_nobody_has_is_told(self):
+        previous = built(cluster(1, 2), keys(1, 2))
+        dummy, warnings = build(cluster(1, 2), {}, previous, forget_nodes=["worker-22", "worker-2"])
+        assert any("forget_nodes: worker-22 is in neither" in warning for warning in warnings)
+
     def test_forget_what_is_there(self):
         document, warnings = build(cluster(1), keys(1), forget_nodes=["worker-1"])
         assert "worker-1" in document["nodes"]

@@ -312,7 +312,7 @@ def test_what_strict_mode_dropped():
 
 
 def test_nodes_that_were_not_reached_and_those_without_device():
-    assert status.mesh_table([{"node": "x", "msg": "timed out"}, {"node": "y"}]) == ["x: timed out", "", "y: not reached", ""]
+    assert status.mesh_table([{"node": "x", "msg": "timed out"}, {"node": "y"}]) == ["x: timed out", "", "y: " + status.NO_ANSWER, ""]
     lines = status.mesh_table([info(device=None, sending=False, peers=[], warnings_of_mesh=["device wgmesh0 is missing"])])
     assert lines == ["a: no mesh device, does not send through the mesh, no peers", "  device wgmesh0 is missing", ""]
     assert status.mesh_table([]) == []

@@ -177,6 +177,18 @@ def test_the_switch(host, run):
     assert run(send=True)["was_sending"]
 
 
+def test_the_tables_are_parted_before_the_first_rule_only(host, run):
+    seen = []
+    host.node.hooks.append(lambda node, text: seen.append(node.parted) if " rule add " in text else None)
+    run()
+    assert not host.node.parted
+    run(send=True)
+    assert seen and all(seen)
+    host.node.parted = False
+    run(send=True, encrypt="nodes")
+    assert not host.node.parted
+
+
 def test_a_second_run_changes_nothing(host, run):
     """Nothing, in files, in the kernel, or in systemd."""
     for arguments in ({}, {"send": True}, {"send": True, "encrypt": "nodes"}, {"send": False}, {"state": "absent"}):
