@@ -147,8 +147,5 @@ def after_error(error, resuming):
     What a server says about a version is final; what the network or an overloaded server does is not. Answers that make no sense
     (code 0 and not a lost connection) are raised as `ApiError` too: who cannot read the stream does not know what it missed.
     """
-    if not resuming or isinstance(error, Gone):
-        return "relist"
-    if isinstance(error, ApiError) and error.code not in (429, 500, 502, 503, 504):
-        return "relist"
-    return "resume"
+    final = isinstance(error, ApiError) and error.code not in (429, 500, 502, 503, 504)
+    return "relist" if final or not resuming else "resume"
