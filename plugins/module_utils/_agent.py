@@ -263,7 +263,7 @@ class Agent:
     # --- the loop
 
     def run(self):
-        """Work until `stop`."""
+        """Work until `stop`; -> the exit code. A thread that ended by a fault of ours ends all: systemd starts the agent again."""
         self.load_base()
         self.due["converge"] = self.clock()
         self.follower.start()
@@ -274,8 +274,12 @@ class Agent:
                 self.notifier.tell("READY=1")
                 ready = True
             self.receive(self.pause())
+            if not self.follower.is_alive():
+                log("the thread that follows the API has ended: ending as well, to be started again")
+                return 1
         self.notifier.tell("STOPPING=1")
         self.follower.stop()
+        return 0
 
     def stop(self, *dummy):
         self.stopping = True
@@ -418,7 +422,8 @@ class Agent:
             base = None
         if base is None:
             self.base = self.document = None
-            self.trouble = "there is no mesh document at %s: run the playbook enable" % path
+            self.trouble, self.unproven = "there is no mesh document at %s: run the playbook enable" % path, set()
+            self.due["report"] = self.clock()
             return
         self.base, self.base_sha256 = base, _mesh.document_sha256(base)
         kept, remembered = decide.parse_memory(read_text(self.memory_file()) or "", self.base_sha256)
@@ -515,7 +520,7 @@ class Agent:
 
     def prove(self, now):
         """Ask those that are due, in a thread of its own."""
-        if self.proving or not self.unproven:
+        if self.proving or not self.unproven or self.document is None:
             return
         names = sorted(name for name in self.unproven if name in self.asked and self.asked[name][2] <= now)
         if not names:
@@ -532,8 +537,9 @@ class Agent:
                 entries = self.kernel.prove(document, names, self.before)
             except (MeshError, OSError) as exc:
                 log("warning: %s" % exc)
-            failed = [name for name in names if name not in entries]
-            self.queue.put(("proved", (entries, failed)))
+            finally:
+                # whatever happened: the main thread waits for this
+                self.queue.put(("proved", (entries, [name for name in names if name not in entries])))
 
         threading.Thread(target=work, daemon=True, name="prover").start()
 
@@ -664,7 +670,7 @@ def only_one(folder):
 
 
 def main(argv):
-    """``argv``: path of the configuration. Exit codes: 0 ended by a signal, 1 cannot work, 3 another agent is at work on this node."""
+    """``argv``: path of the configuration. Exit codes: 0 ended by a signal, 1 cannot go on, 3 another agent is at work on this node."""
     try:
         text = read_text(argv[0])
         if text is None:
@@ -684,8 +690,7 @@ def main(argv):
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, agent.stop)
-    agent.run()
-    return 0
+    return agent.run()
 
 
 if __name__ == "__main__":
