@@ -24,7 +24,8 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _lock_pl
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
 DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
+# Where the node agent is installed, the directory belongs to its group, and with it this file; else to root's.
+FILE_MODE = 0o640
 # Bytes; a lock file has about one thousand, one with the ids of all runs that it may remember three.
 SIZE_MAX = 65536
 # Seconds to wait for another module that looks at the file; that takes milliseconds.
@@ -59,6 +60,40 @@ def transact(path, request, check_mode, clock=node_clock):
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)
     return result
+
+
+@contextlib.contextmanager
+def turn(path, clock=node_clock):
+    """For who is no run, but must not work while one does: while the context lasts, no run can take the lock.
+
+    Yields an empty text, or who is in the way. Short work only: modules wait for `WAIT_SECONDS`.
+    """
+    folder, name = os.path.split(path)
+    handle = None
+    try:
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            text = _in_the_way(path, handle, name, clock)
+        except FileNotFoundError:
+            text = ""
+        except BlockingIOError:
+            text = "a task of a run is at work"
+        except OSError as exc:
+            text = "%s cannot be read: %s" % (path, exc.strerror)
+        yield text
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _in_the_way(path, directory, name, clock):
+    text, age = _read(path, directory, name)
+    holder, dummy, damage = _lock_plan.parse(text, clock())
+    if damage:
+        # as for a run: it may be the lock of one that lives
+        return "the lock file cannot be understood (%s)" % damage if age < _lock_plan.LEASE_DEFAULT else ""
+    return "%s runs %s" % (holder["who"], holder["doing"]) if holder is not None and _lock_plan.left_of(holder, clock()) > 0 else ""
 
 
 def _problem(path, exc):

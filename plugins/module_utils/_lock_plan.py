@@ -41,6 +41,7 @@ PHASES = ("claimed", "held")
 # A run id is compared and printed, never executed; what uuidgen, AWX and hashes make fits.
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{3,127}")
 TEXT_MAX = 200  # characters of who, doing and the like: they go into one sentence
+LEASE_DEFAULT = 900  # seconds, as of the module
 LEASE_MIN, LEASE_MAX = 10, 86400  # seconds; less is no lock, more would outlive every reason to have one
 # Runs that a node remembers to have lost their lock. One that lost it asks again within a lease; more than a few at once means that leases
 # are far too short.

@@ -7,8 +7,8 @@
 
 """Who belongs to the mesh: Node objects, inventory and the last document made into the next document.
 
-Runs on the controller only: it needs ``jmespath`` (selecting fields of Node objects) and ``netaddr`` (overlaps). Pure all the same: plain
-data in, plain data out, no I/O, no clock.
+On the controller it needs ``jmespath`` (selecting fields of Node objects) and ``netaddr`` (overlaps). The node agent has neither: it takes
+`PLAIN_QUERIES` and `plain_overlap_problems`, which say the same. Pure: plain data in, plain data out, no I/O, no clock.
 
 Everything that is wrong is collected, and `build_document` raises one `MeshError` with all of it before anything can change. Findings
 travel as lists of text, each naming node (or host), field, value and remedy.
@@ -39,6 +39,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     canonical_public_key,
     check_node_name,
     family_of,
+    find_overlaps,
     generation_text,
     joined_error,
     node_address_order,
@@ -208,6 +209,41 @@ def _search(query, field, item, name, problems):
     except jmespath.exceptions.JMESPathError as exc:
         problems.append("node %s, %s: %s; correct the expression" % (name, _QUERY_NAMES[field], _one_line(exc)))
         return None
+
+
+class _Plain:
+    """A query that is a function of a Node object."""
+
+    def __init__(self, search):
+        self.search = search
+
+
+def _plain_node_addresses(item):
+    addresses = _dict(item.get("status")).get("addresses")
+    return [address.get("address") for address in (addresses if isinstance(addresses, list) else [])
+            if isinstance(address, dict) and address.get("type") == "InternalIP"]
+
+
+def _plain_pod_cidrs(item):
+    spec = _dict(item.get("spec"))
+    cidrs = spec.get("podCIDRs")
+    # JMESPath takes these for false, a 0 not
+    return [spec.get("podCIDR")] if cidrs is None or cidrs is False or cidrs in ("", [], {}) else cidrs
+
+
+# `DEFAULT_QUERIES` as functions, for where there is no jmespath.
+PLAIN_QUERIES = {
+    "node_addresses": _Plain(_plain_node_addresses),
+    "pod_cidrs": _Plain(_plain_pod_cidrs),
+    "endpoint": None,
+    "excluded": _Plain(lambda item: _dict(_dict(item.get("metadata")).get("annotations")).get(EXCLUDED_ANNOTATION)),
+}
+
+
+def plain_candidate(item):
+    """``(candidate or None, problems)`` of one Node object, by the default queries, without jmespath."""
+    problems = []
+    return _candidate_of_node(item, PLAIN_QUERIES, problems), problems
 
 
 def _candidate_of_node(item, queries, problems):
@@ -545,6 +581,12 @@ def overlap_problems(prefixes, kept=(), limit=200):
     return problems
 
 
+def plain_overlap_problems(prefixes, kept=(), limit=200):
+    """`overlap_problems` without netaddr, in fewer words: which prefixes, not what to do about them."""
+    return ["%s: overlaps %s" % (_owned(narrow, narrow_owner), _owned(wide, wide_owner))
+            for (wide, wide_owner), (narrow, narrow_owner) in find_overlaps(set(prefixes), prefix_conflict, limit)]
+
+
 def _service_prefixes(service_cidrs, problems):
     return [(cidr, ("", "service CIDR"))
             for cidr in _canonical(service_cidrs or [], canonical_cidr, "service_cidrs", "correct it", problems)]
@@ -686,6 +728,7 @@ _OPTION_DEFAULTS = {
     "settings": {},          # settings_of_hosts
     "awaited": (),           # nodes that will report a key later in this run
     "problems": (),          # found on the way here, reported with all others
+    "overlaps": None,        # what finds overlaps; None: overlap_problems
 }
 
 
@@ -785,8 +828,9 @@ def build_document(members, keys, previous, options=None):
     only when the list is complete, or when ``forget_nodes`` names them. The order of ``members`` does not matter. The serial grows by
     one if anything else changed.
     """
-    require_libraries()
     options = dict(_OPTION_DEFAULTS, **(options or {}))
+    if options["overlaps"] is None:
+        require_libraries()
     options["generations"] = tuple(str(generation) for generation in options["generations"])
     problems, warnings = list(options["problems"]), []
     before = previous["nodes"] if previous is not None else {}
@@ -805,7 +849,7 @@ def build_document(members, keys, previous, options=None):
                 "nodes": nodes}
     services = _service_prefixes(options["service_cidrs"], problems)
     problems.extend(shared_identities(nodes, document["ports"]))
-    problems.extend(overlap_problems(prefixes_of(nodes) + services, kept))
+    problems.extend((options["overlaps"] or overlap_problems)(prefixes_of(nodes) + services, kept))
     if problems:
         raise joined_error("the mesh document cannot be made, nothing was changed", problems)
     if previous is not None:

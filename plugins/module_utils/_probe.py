@@ -13,6 +13,10 @@ probe address to that of the peer, both link-local on the mesh device: question 
 routes are. First a small packet, which makes the handshake; then one as big as the device's MTU, which comes back as big, so that both
 directions carried it. Afterwards the device itself is asked: it must know a fresh handshake of this peer and have received something.
 
+The node agent may not open a raw socket. It *knocks* instead (`run_knock`): a UDP datagram to the probe address of the peer and a port
+where nobody listens, which the peer's kernel answers with "port unreachable" (RFC 4443, section 3.1), through the tunnel again. The answer
+is never of full size, so this direction is proven with packets of full size, and the other one by the peer.
+
 Where the node has no IPv6 at all, datagrams to the peer's IPv4 address, bound to the device, make the handshake, and handshake and
 received bytes are all that is judged ("handshake only").
 
@@ -46,6 +50,12 @@ ICMPV6_ECHO_REQUEST = 128  # RFC 4443, section 4.1
 ICMPV6_ECHO_REPLY = 129  # RFC 4443, section 4.2
 ICMPV6_FILTER = 1  # socket option, include/uapi/linux/icmpv6.h; not in Python's socket module
 IPV6_DONTFRAG = 62  # socket option, include/uapi/linux/in6.h; not in Python's socket module before 3.9 everywhere
+IPV6_RECVERR = 25  # socket option, include/uapi/linux/in6.h; not in Python's socket module
+MSG_ERRQUEUE = 0x2000  # include/linux/socket.h
+SO_EE_ORIGIN_ICMP6 = 3  # include/uapi/linux/errqueue.h
+ICMPV6_UNREACHABLE, PORT_UNREACHABLE = 1, 4  # RFC 4443, section 3.1
+KNOCK_PORT = 9  # discard (RFC 863)
+UDP_HEADERS = 48  # bytes: IPv6 header 40, UDP header 8
 SO_BINDTODEVICE = 25  # include/uapi/asm-generic/socket.h
 SO_RCVBUFFORCE = 33  # same file
 SIOCGIFMTU = 0x8921  # include/uapi/linux/sockios.h
@@ -530,3 +540,67 @@ def run_handshakes(interface, peers, read, deadline, clock=time.monotonic, epoch
             entries = judge_all(open_peers, before, after, None, epoch(), {})
             open_peers = {name: peer for name, peer in open_peers.items() if not entries[name]["proven"]}
     return before, after
+
+
+def run_knock(address, index, schedule, deadline, clock=time.monotonic):
+    """As `run_echo`, without any privilege: datagrams from a probe address through device ``index``, answered by "port unreachable"."""
+    nonce = os.urandom(NONCE_BYTES)
+    texts = {packed: socket.inet_ntop(socket.AF_INET6, packed) for packed in schedule.peers}
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as handle:
+        handle.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
+        handle.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)
+        handle.bind((address, 0, 0, index))
+        handle.setblocking(False)
+        while not schedule.done():
+            now = clock()
+            if now >= deadline:
+                return
+            for packed, sequence, size in schedule.due(now):
+                try:
+                    handle.sendto(knock(nonce, sequence, size), (texts[packed], KNOCK_PORT, 0, index))
+                except OSError as exc:
+                    # an answer to an earlier datagram is told here as well; it waits in the queue of errors
+                    if exc.errno != errno.ECONNREFUSED:
+                        schedule.failed(packed, "%d bytes: %s" % (size, exc.strerror))
+            _answers(handle, nonce, schedule, clock)
+            when = schedule.next_time(clock())
+            if when is None and schedule.done():
+                return
+            wait = min(deadline, deadline if when is None else when) - clock()
+            select.select([handle], [], [handle], max(0.0, wait))
+            _answers(handle, nonce, schedule, clock)
+
+
+def knock(nonce, sequence, size):
+    """The payload of a datagram whose IPv6 packet has ``size`` bytes."""
+    head = nonce + struct.pack("!HH", sequence, size)
+    return head + bytes(max(0, size - UDP_HEADERS - len(head)))
+
+
+def parse_knock(data, nonce):
+    """What comes back of a datagram (its beginning is enough) -> (sequence, size) or None."""
+    if len(data) < len(nonce) + 4 or data[:len(nonce)] != nonce:
+        return None
+    return struct.unpack_from("!HH", data, len(nonce))
+
+
+def is_port_unreachable(ancillary):
+    """Whether a message of the queue of errors is the answer of the peer's kernel. ``ancillary``: as ``recvmsg`` returns it."""
+    for level, kind, data in ancillary:
+        if level == socket.IPPROTO_IPV6 and kind == IPV6_RECVERR and len(data) >= 8:
+            # struct sock_extended_err: u32 errno, u8 origin, u8 type, u8 code
+            origin, icmp_type, code = data[4], data[5], data[6]
+            return origin == SO_EE_ORIGIN_ICMP6 and icmp_type == ICMPV6_UNREACHABLE and code == PORT_UNREACHABLE
+    return False
+
+
+def _answers(handle, nonce, schedule, clock):
+    for dummy in range(256):
+        try:
+            data, ancillary, dummy2, sender = handle.recvmsg(2048, 512, MSG_ERRQUEUE)
+        except OSError:
+            return
+        found = parse_knock(data, nonce) if is_port_unreachable(ancillary) else None
+        if found is not None:
+            # the address that the datagram was for
+            schedule.received(clock(), socket.inet_pton(socket.AF_INET6, sender[0].split("%")[0]), found[0], found[1])

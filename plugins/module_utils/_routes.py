@@ -10,10 +10,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import split_local_table
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES, family_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import POD_STARTERS
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._rules_netlink import change_rules
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_text
@@ -50,6 +53,14 @@ def stored_routes():
     return routes
 
 
+def stored_rules(folder):
+    """The rules of the files in a directory that restore them at boot: whether and what a node sends, as its last run left it."""
+    rules = []
+    for family, path in RULES_FILES.items():
+        rules += plan.rules_of_batch(read_text(os.path.join(folder, os.path.basename(path))) or "", family)
+    return rules
+
+
 def stored_table():
     """The first table that the rules of the files that restore them at boot point to, None where there are none."""
     tables = set()
@@ -67,6 +78,46 @@ def apply_steps(system, steps):
         else:
             system.ip_batch(what, [
                 "route %s %s" % ("replace" if step["op"] == "replace_route" else "del", plan.route_text(step["route"])) for step in part])
+
+
+def apply_live(system, current, wanted, steps):
+    """Carry out the kernel's part. Returns the number of connections carried over.
+
+    Routes in, then family by family the rules, then routes out. Connections are carried over as late as possible before their packets
+    change devices, and those that came meanwhile once more after it.
+    """
+    moved = plan.moved_destinations(current, wanted)
+    live_tables = bool(current["rules"]) and bool(wanted["rules"])
+    if any(step["op"] == "add_rule" and step["rule"]["family"] == "ipv4" for step in steps):
+        split_local_table(system)
+    parts = [([step for step in steps if step["op"] == "replace_route"], moved if live_tables else [])]
+    for family in FAMILIES:
+        rules = [step for step in steps if "rule" in step and step["rule"]["family"] == family]
+        parts.append((rules, [cidr for cidr in moved if family_of(cidr) == family]))
+    parts.append(([step for step in steps if step["op"] == "remove_route"], moved if live_tables else []))
+    carried, done = 0, set()
+    for part, moves in parts:
+        if part and moves:
+            carried += carry(system, moves, done, part)
+        else:
+            apply_steps(system, part)
+    return carried
+
+
+def carry(system, moved, done, steps):
+    """Carry out steps that make the packets to some destinations change devices, and carry their connections over; -> the number of those.
+
+    What could not be carried over loses a packet and may have to begin anew, and where the kernel has no detour for packets one may be
+    lost that comes at the wrong moment: that is said.
+    """
+    result = carry_over(moved, done=done, switch=lambda: apply_steps(system, steps))
+    if result["error"]:
+        system.module.warn("masqueraded connections could not all be carried over to the other device (%d left): %s"
+                           % (result["left"], result["error"]))
+    elif result["exposed"] and not result["detoured"]:
+        system.module.warn("this kernel cannot lead packets around connections that are carried over, having no connection tracking zones "
+                           "or no nf_tables: of %d masqueraded connections other than TCP, a packet may have been lost" % result["exposed"])
+    return result["replaced"]
 
 
 def wrong_paths(system, state, pod_cidrs):

@@ -321,6 +321,28 @@ def routes_of_batch(text, family):
     return routes
 
 
+def rules_of_batch(text, family):
+    """The rules of a file made by `rules_text`; lines that are not ours are left out."""
+    rules = []
+    for line in text.splitlines():
+        words = line.split()
+        if words[:2] != ["rule", "add"]:
+            continue
+        inverted = "not" in words
+        options = dict(zip(words[2:], words[3:]))
+        try:
+            rules.append({
+                "family": family,
+                "priority": int(options["priority"]),
+                "table": int(options["lookup"]),
+                "from": "" if options["from"] == "all" else str(ipaddress.ip_network(options["from"])),
+                "not_fwmark": int(options["fwmark"].split("/")[0], 16) if inverted else 0,
+            })
+        except (KeyError, ValueError):
+            continue
+    return rules
+
+
 # --- which way the kernel takes -----------------------------------------------------------------------------------------------------------
 
 def address_in(cidr):

@@ -243,6 +243,36 @@ peers:
       description: Why it is not encrypted.
       type: str
       sample: ""
+agent:
+  description:
+    - The node agent, see M(kubemesh.wireguard.agent). Where it runs, peers are joined with the document that it works by, which has what
+      changed in the cluster since the last run.
+  returned: always
+  type: dict
+  contains:
+    installed:
+      description: Whether it is installed.
+      type: bool
+      sample: true
+    active:
+      description: Whether it runs.
+      type: bool
+      sample: true
+    state:
+      description:
+        - What it says of itself, null where it said nothing yet. Most of all C(api), which is C(watching) or what is wrong; C(hindrance),
+          why it does nothing; C(lag), seconds from the last change of the API to the kernel; C(unproven), peers that were not reached
+          through the tunnel yet.
+      type: dict
+      sample:
+        api: watching
+        hindrance: ""
+        lag: 0.11
+        unproven: []
+  sample:
+    installed: false
+    active: false
+    state: null
 warnings_of_mesh:
   description: What else is not as it should be on this node.
   returned: always
@@ -257,9 +287,9 @@ import time
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_install, _agent_plan, _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import guard_status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, node_entry
@@ -332,6 +362,8 @@ def look(params, system):
     routes = live_routes.read_state(system, params["table"])
     found = read_generations(system, params["interface"], routes)
     doc, warnings = own_document(params)
+    agent, effective, more = read_agent(system, doc)
+    warnings += more
     current = params["generation"]
     if current is None:
         current = doc["generation"] if doc is not None else 0
@@ -342,7 +374,7 @@ def look(params, system):
         node_entry(doc, params["node"])
         devices = [(current, shown["name"], shown["state"])]
         devices += [(item["generation"], item["name"], item["state"]) for item in found if item is not shown and item["link"] is not None]
-        peers = _status.join_generations(doc, params["node"], devices, routes, time.time())
+        peers = _status.join_generations(effective or doc, params["node"], devices, routes, time.time())
     if doc is not None:
         if shown["link"] is None:
             warnings.append("device %s is missing; run the playbook enable" % shown["name"])
@@ -388,8 +420,26 @@ def look(params, system):
         "encrypts": encrypts(routes),
         "counts": _status.counts(peers),
         "peers": _status.detailed(peers, params["detail"]),
+        "agent": agent,
         "warnings_of_mesh": warnings,
     }
+
+
+def read_agent(system, document):
+    """``(agent for the result, its document or None, warnings)``: what the agent of this node says of itself.
+
+    Its document is the one that it works by, where that belongs to the one that is here.
+    """
+    installed = read_text(_agent_install.UNIT_FILE) is not None
+    if not installed:
+        return {"installed": False, "active": False, "state": None}, None, []
+    active = system.unit(_agent_install.UNIT)["active"]
+    state = _agent_plan.parse_state(read_text(_agent_install.STATE_FILE) or "")
+    warnings = _agent_plan.state_warnings(state, active, time.time())
+    effective = None
+    if document is not None and active:
+        effective = _agent_plan.parse_memory(read_text(_agent_install.MEMORY_FILE) or "", document_sha256(document))[0]
+    return {"installed": True, "active": active, "state": state}, effective, warnings
 
 
 def encrypts(routes):

@@ -218,9 +218,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _confirm
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import split_local_table
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES, MeshError, family_of, local_pod_cidrs, node_entry
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, local_pod_cidrs, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._probe import proven_names, read_proof
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
@@ -277,46 +275,6 @@ def step_text(step):
     if "rule" in step:
         return "%s %s%s" % (verbs[step["op"]], plan.rule_text(step["rule"]), " (IPv6)" if step["rule"]["family"] == "ipv6" else "")
     return "%s %s" % (step["op"].replace("_", " "), step["path"] if "path" in step else step["unit"])
-
-
-def apply_live(system, current, wanted, steps):
-    """Carry out the kernel's part. Returns the number of connections carried over.
-
-    Routes in, then family by family the rules, then routes out. Connections are carried over as late as possible before their packets
-    change devices, and those that came meanwhile once more after it.
-    """
-    moved = plan.moved_destinations(current, wanted)
-    live_tables = bool(current["rules"]) and bool(wanted["rules"])
-    if any(step["op"] == "add_rule" and step["rule"]["family"] == "ipv4" for step in steps):
-        split_local_table(system)
-    parts = [([step for step in steps if step["op"] == "replace_route"], moved if live_tables else [])]
-    for family in FAMILIES:
-        rules = [step for step in steps if "rule" in step and step["rule"]["family"] == family]
-        parts.append((rules, [cidr for cidr in moved if family_of(cidr) == family]))
-    parts.append(([step for step in steps if step["op"] == "remove_route"], moved if live_tables else []))
-    carried, done = 0, set()
-    for part, moves in parts:
-        if part and moves:
-            carried += carry(system, moves, done, part)
-        else:
-            live.apply_steps(system, part)
-    return carried
-
-
-def carry(system, moved, done, steps):
-    """Carry out steps that make the packets to some destinations change devices, and carry their connections over; -> the number of those.
-
-    What could not be carried over loses a packet and may have to begin anew, and where the kernel has no detour for packets one may be
-    lost that comes at the wrong moment: that is said.
-    """
-    result = carry_over(moved, done=done, switch=lambda: live.apply_steps(system, steps))
-    if result["error"]:
-        system.module.warn("masqueraded connections could not all be carried over to the other device (%d left): %s"
-                           % (result["left"], result["error"]))
-    elif result["exposed"] and not result["detoured"]:
-        system.module.warn("this kernel cannot lead packets around connections that are carried over, having no connection tracking zones "
-                           "or no nf_tables: of %d masqueraded connections other than TCP, a packet may have been lost" % result["exposed"])
-    return result["replaced"]
 
 
 def unit_steps(system, wanted_enabled, file_steps):
@@ -393,7 +351,7 @@ def converge(module, system, known):
         on_the_way_out = params["state"] == "absent"
         if not on_the_way_out:
             apply_files(system, file_steps, units)
-        carried = apply_live(system, current, wanted, steps)
+        carried = live.apply_live(system, current, wanted, steps)
         if wanted["rules"]:
             check_paths(system, wanted, doc, params)
         if on_the_way_out:

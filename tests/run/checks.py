@@ -215,11 +215,11 @@ def changelog(context):
 
 @check("live", timeout=900, cores=0)
 def live(context):
-    """Modules against WireGuard devices and routes in network namespaces."""
+    """Modules and node agents against WireGuard devices and routes in network namespaces, and the API server of the tests."""
     # They wait for answers that do not come, most of the time, so there is room for them beside all that only computes.
     need_root()
     prepare.debian_packages("iproute2", "iputils-ping", "nftables", "wireguard-go", "wireguard-tools")
-    return pytest(context, *test_files("live"), pythonpath=[tree(context).parents[2]])
+    return pytest(context, *test_files("api"), *test_files("live"), pythonpath=[tree(context).parents[2]])
 
 
 def kernel_tests(context, *selection):

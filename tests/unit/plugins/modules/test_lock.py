@@ -43,7 +43,7 @@ def mode(path):
 def test_claim_hold_and_release(run, path):
     result = run("claimed", controller=CONTROLLER)
     assert (result["acquired"], result["changed"], result["holder"]["controller"]) == (True, False, CONTROLLER)
-    assert mode(path) == 0o600 and mode(path.parent) == 0o700
+    assert mode(path) == 0o640 and mode(path.parent) == 0o700
     assert json.loads(path.read_text())["boot_id"] == _lock.node_clock()["boot_id"]
     result = run("held")
     assert (result["acquired"], result["renewed"], result["changed"], result["holder"]["phase"]) == (True, True, False, "held")

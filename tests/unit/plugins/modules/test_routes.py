@@ -80,7 +80,7 @@ def host(tmp_path, monkeypatch):
     for name in ("ROUTES_FILES", "RULES_FILES"):
         monkeypatch.setattr(live, name, {family: str(folder / os.path.basename(path)) for family, path in getattr(live, name).items()})
     monkeypatch.setattr(routes, "System", lambda module: _system.System(it.node))
-    monkeypatch.setattr(routes, "carry_over", it.carry_over)
+    monkeypatch.setattr(live, "carry_over", it.carry_over)
     monkeypatch.setattr(routes, "remove_empty_folders", lambda paths: _system.remove_empty_folders([str(folder)]))
     with instead_of_the_kernel(it.node):
         yield it

@@ -1,0 +1,697 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+
+"""The node agent: follows the list of Nodes and keeps the mesh of this node up to it. `_agent_plan` decides, this file does.
+
+Three threads. The `Follower` reads the API; a prover asks new peers through the tunnel; the main thread alone changes anything. They talk
+through one queue. Whenever this program ends, also by SIGKILL, what is in the kernel is a working state, because every prefix of its plans
+is one; and it goes on working without it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as decide
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
+    _lock,
+    _membership,
+    _mesh,
+    _probe,
+    _routes_plan,
+    _status,
+    _wg_plan,
+)
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_api import Follower, KubeClient
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_text, write_text
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg import client_for
+
+NODES = "/api/v1/nodes"
+# Seconds between looks at the mesh document, for a run that wrote a new one.
+BASE_INTERVAL = 2.0
+# Seconds between two writings of state and metrics, where nothing happens; node_exporter is read every 15 to 60.
+REPORT_INTERVAL = 15.0
+# Seconds until work is tried again that failed, or that a run of a playbook was in the way of.
+RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)
+# Seconds that new peers have to answer. A silent one must not keep those waiting that came after it.
+PROVE_SECONDS = 3.0
+# Rounds without an answer after which a fresh handshake and received bytes are enough: a firewall of the peer may drop what knocks. By then
+# an idle peer has sent a keepalive (10 s, KEEPALIVE_TIMEOUT, whitepaper, section 6.5).
+ROUNDS_OF_KNOCKING = 4
+# Seconds until the node's own key is offered to the API again after it was refused.
+PUBLISH_AGAIN = 600.0
+# Seconds until a node that could not be taken out of the document is tried again.
+GONE_AGAIN = 5.0
+# Seconds for one command of iproute2.
+COMMAND_SECONDS = 60
+STATE_MODE = 0o644
+EXIT_SECOND_AGENT = 3
+
+
+def log(text):
+    """One line for the journal, which adds time and unit."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+class Host:
+    """What `System` uses of an AnsibleModule: commands and warnings of this node."""
+
+    def get_bin_path(self, name, opt_dirs=()):
+        return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath)] + list(opt_dirs)))
+
+    def run_command(self, argv, data=None, environ_update=None):
+        try:
+            done = subprocess.run(argv, input=data, stdin=subprocess.DEVNULL if data is None else None, capture_output=True,
+                                  env=dict(os.environ, **(environ_update or {})), timeout=COMMAND_SECONDS,
+                                  check=False, encoding="utf-8", errors="replace")
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            return 126, "", str(exc)
+        return done.returncode, done.stdout, done.stderr
+
+    def warn(self, text):
+        log("warning: " + text)
+
+
+class Notifier:
+    """systemd's notification socket, where there is one."""
+
+    def __init__(self, environ):
+        self.address = environ.get("NOTIFY_SOCKET", "")
+        # twice in the time that systemd waits
+        self.interval = int(environ.get("WATCHDOG_USEC") or 0) / 2e6
+
+    def tell(self, text):
+        if not self.address:
+            return
+        address = "\0" + self.address[1:] if self.address[0] == "@" else self.address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as handle:
+                handle.sendto(text.encode("utf-8"), address)
+        except OSError as exc:
+            log("systemd is not told: %s" % exc)
+
+
+class Kernel:
+    """Reads and changes the mesh of this node."""
+
+    def __init__(self, config):
+        self.config = config
+        self.system = System(Host())
+        # (generation, link, state of the device, routes and rules) as they were read, or left
+        self.last = None
+
+    def name(self, generation):
+        return "%s%d" % (self.config["interface"], generation)
+
+    def read(self, generation):
+        """``(link, state of the device)`` of a generation; None, None where there is none."""
+        return live_device.read(self.system, self.name(generation))
+
+    def routes(self):
+        return live_routes.read_state(self.system, self.config["table"])
+
+    def look(self, generation, whole):
+        """``(link, state of the device, routes and rules)``.
+
+        Unless the ``whole`` is wanted, they are as the last change left them: reading takes most of the time that a change takes.
+        """
+        if whole or self.last is None or self.last[0] != generation:
+            link, state = self.read(generation)
+            self.last = (generation, link, state, self.routes())
+        return self.last[1:]
+
+    def converge(self, document, applied, proven):
+        """Bring the kernel to a document, from what `look` returned last; -> ``(steps in the order they were done, device after them)``."""
+        generation, link, state, current = self.last
+        # Until all steps are done nobody knows what is there.
+        self.last = None
+        config, node = self.config, self.config["node"]
+        name = state["name"]
+        link_steps, first, last = decide.plan_device(state, link, document, applied, config, live_device.has_ipv6())
+        if any(step["op"] == "create_link" for step in link_steps):
+            raise MeshError("device %s is missing: run the playbook enable on this node" % name)
+        settings = decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"]))
+        present = decide.routed_now(current["routes"], applied, document, node, config["table"])
+        wanted = _routes_plan.wanted_state(document, node, settings, proven, present)
+        early = decide.early_removals(current, wanted, decide.moved_prefixes(state, first))
+        between = current
+        for step in early:
+            between = _routes_plan.apply_to_state(between, step)
+        steps = _routes_plan.plan_routes(between, wanted)
+        if early:
+            live_routes.apply_live(self.system, current, between, early)
+        for step in link_steps:
+            if step["op"] == "set_addrgenmode":
+                self.system.run(["ip", "link", "set", "dev", name, "addrgenmode", "none"])
+            else:
+                live_device.apply_link_step(self.system, name, step)
+        client = client_for(name, run_command=self.system.module.run_command) if first or last else None
+        if first:
+            client.apply(name, first)
+        if steps:
+            live_routes.apply_live(self.system, between, wanted, steps)
+        if last:
+            client.apply(name, last)
+        link = dict(link, up=True, mtu=next((step["mtu"] for step in link_steps if step["op"] == "set_mtu"), link["mtu"]),
+                    addrgenmode="none" if live_device.has_ipv6() else link["addrgenmode"], addresses=_addresses_after(link, link_steps))
+        state = _wg_plan.apply_steps(state, first + last)
+        self.last = (generation, link, state, wanted)
+        return early + link_steps + first + steps + last, state
+
+    def prove(self, document, names, before):
+        """Ask peers through the tunnel: ``{name: entry of `_probe.judge`}``. ``before``: {public key: peer of a device state} of earlier
+        rounds, for peers that answer nothing but handshakes."""
+        node, generation = self.config["node"], str(document["generation"])
+        interface = self.name(document["generation"])
+        peers, dummy = _probe.plan_peers(document, node, generation, names)
+        device = _probe.device(interface)
+        if device is None or not peers:
+            return {}
+        client = client_for(interface, run_command=self.system.module.run_command)
+        state = client.read(interface)
+        for peer in peers.values():
+            if peer["public_key"] in state["peers"]:
+                before.setdefault(peer["public_key"], state["peers"][peer["public_key"]])
+        start = time.monotonic()
+        deadline = start + PROVE_SECONDS
+        if not _probe.has_ipv6(interface):
+            dummy, after = _probe.run_handshakes(interface, peers, lambda: client.read(interface), deadline)
+            return _probe.judge_all(peers, {"peers": before}, after, None, time.time(), {})
+        own = document["nodes"][node]
+        sizes = {name: _probe.full_size(device["mtu"], peer["mtu"]) for name, peer in peers.items()}
+        schedule = _probe.EchoSchedule([{
+            "name": name, "address": socket.inet_pton(socket.AF_INET6, peer["address"]), "size": sizes[name],
+            "late": _probe.is_late(own["public_keys"][generation], peer["public_key"], state, time.time()),
+        } for name, peer in sorted(peers.items())], start, random.Random())  # noqa: S311 - spreads packets, protects nothing
+        try:
+            _probe.run_knock(own["probe_addresses"][generation], device["index"], schedule, deadline)
+        except OSError as exc:
+            raise MeshError("peers cannot be asked through %s: %s" % (interface, exc.strerror)) from None
+        after = client.read(interface)
+        answers = schedule.results()
+        entries = _probe.judge_all(peers, {"peers": before}, after, answers, time.time(), sizes)
+        for name, entry in entries.items():
+            if entry["reason"] == "no_echo":
+                # judged again when the rounds of knocking are over
+                entry["handshake_only"] = _probe.judge(
+                    peers[name], before.get(peers[name]["public_key"]), after["peers"].get(peers[name]["public_key"]), None, time.time(),
+                    None)["proven"]
+        return entries
+
+
+def _addresses_after(link, steps):
+    """Addresses of a link after steps of `_link_plan`."""
+    removed = {step["address"] for step in steps if step["op"] == "remove_address"}
+    added = {step["address"] for step in steps if step["op"] == "add_address"}
+    return sorted((set(link["addresses"]) | added) - removed)
+
+
+class Agent:
+    """The main thread's work."""
+
+    def __init__(self, config, kernel=None, client=None, clock=time.monotonic, environ=None):
+        self.config, self.clock = config, clock
+        self.kernel = kernel or Kernel(config)
+        self.client = client or KubeClient(config["server"], config["ca_file"], config["token_file"])
+        self.notifier = Notifier(os.environ if environ is None else environ)
+        # Its put may be called from a signal handler, a Queue's may not.
+        self.queue = queue.SimpleQueue()
+        self.follower = Follower(self.client, NODES, "NodeList", decide.reduced, lambda what, value: self.queue.put((what, value)),
+                                 lambda listing: decide.distrust(listing, config["node"]))
+        self.stopping = False
+        self.roster = decide.empty_roster()
+        self.api = "not reached yet"
+        self.base_stat = self.base_sha256 = self.base = None
+        self.document = self.applied = self.remembered = None
+        self.news = None          # (first, last): when news came that are not computed yet
+        self.lag_since = None     # when the first news came that are not in the kernel yet
+        self.lag = None
+        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0}
+        self.failures = 0
+        self.texts, self.trouble, self.waits = [], "", ""
+        self.proved = {}          # {name: public key} that was reached
+        self.fresh_keys = set()   # keys of peers that were added since: what a run proved before says nothing about them
+        self.asked = {}           # {name: (public key, rounds, when to ask again)}
+        self.before = {}
+        self.proving = False
+        self.published = None
+        self.counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
+        self.unproven = set()
+        self.unsaved = False
+        self.whole = True         # whether the next comparison reads the kernel first
+        self.expected = True      # whether the next comparison is to find something to do
+
+    # --- the loop
+
+    def run(self):
+        """Work until `stop`; -> the exit code. A thread that ended by a fault of ours ends all: systemd starts the agent again."""
+        self.load_base()
+        self.due["converge"] = self.clock()
+        self.follower.start()
+        ready = False
+        while not self.stopping:
+            self.tick()
+            if not ready:
+                self.notifier.tell("READY=1")
+                ready = True
+            self.receive(self.pause())
+            if not self.follower.is_alive():
+                log("the thread that follows the API has ended: ending as well, to be started again")
+                return 1
+        self.notifier.tell("STOPPING=1")
+        self.follower.stop()
+        return 0
+
+    def stop(self, *dummy):
+        self.stopping = True
+        self.queue.put(("stop", None))
+
+    def pause(self):
+        """Seconds until something is due."""
+        times = [when for what, when in self.due.items() if what not in ("gone", "compare")]
+        if self.news:
+            times.append(decide.settle_at(*self.news))
+        when = decide.next_gone(self.roster, self.config["grace"])
+        if when is not None:
+            times.append(max(when, self.due["gone"]))
+        if not self.proving:
+            times += [again for name, (dummy, dummy2, again) in self.asked.items() if name in self.unproven]
+        return max(0.0, min(times) - self.clock())
+
+    def receive(self, seconds):
+        """Wait for messages, and take all that are there."""
+        try:
+            message = self.queue.get(timeout=seconds)
+            while True:
+                getattr(self, "on_" + message[0])(message[1])
+                message = self.queue.get_nowait()
+        except queue.Empty:
+            return
+
+    def tick(self):
+        """Do what is due."""
+        now = self.clock()
+        if now >= self.due["base"]:
+            self.due["base"] = now + BASE_INTERVAL
+            self.load_base()
+        over = now >= self.due["gone"] and decide.gone(self.roster, self.config["grace"], now)
+        if over or (self.news and now >= decide.settle_at(*self.news)):
+            self.compute(now)
+        if now >= self.due["converge"]:
+            self.converge(now)
+        self.prove(self.clock())
+        if self.unsaved:
+            self.save_memory()
+        if now >= self.due["report"]:
+            self.due["report"] = now + REPORT_INTERVAL
+            self.report()
+        if now >= self.due["watchdog"]:
+            self.due["watchdog"] = now + (self.notifier.interval or BASE_INTERVAL * 10)
+            self.notifier.tell("WATCHDOG=1")
+
+    # --- messages
+
+    def on_stop(self, dummy):
+        pass
+
+    def on_listed(self, listing):
+        self.counts["lists"] += 1
+        self.roster, changed = decide.listed(self.roster, listing)
+        if changed or self.remembered is None:
+            self.has_news()
+        self.on_back(None)
+
+    def on_event(self, event):
+        self.counts["events"] += 1
+        self.roster, changed = decide.happened(self.roster, *event)
+        if changed:
+            self.has_news()
+            self.roster = self.missing()
+
+    def on_away(self, text):
+        if self.api != text:
+            log("the API: %s" % text)
+        self.api = text
+        self.roster = decide.lost(self.roster)
+        self.due["report"] = self.clock()
+
+    def on_back(self, dummy):
+        """A watch goes on where the last one, or the list, ended: what is known is complete."""
+        if self.api != "watching":
+            log("the API: watching")
+            self.due["report"] = self.clock()
+        self.api = "watching"
+        self.roster = dict(self.roster, complete=True)
+        self.roster = self.missing()
+
+    def on_proved(self, result):
+        self.proving = False
+        entries, error = result
+        now = self.clock()
+        fresh = False
+        for name, (key, rounds, dummy) in list(self.asked.items()):
+            entry = entries.get(name)
+            if entry is None and name not in error:
+                continue
+            if entry and entry["public_key"] == key and (entry["proven"] or (entry.get("handshake_only") and rounds >= ROUNDS_OF_KNOCKING)):
+                self.proved[name] = key
+                self.fresh_keys.discard(key)
+                self.asked.pop(name)
+                self.before.pop(key, None)
+                fresh = True
+            else:
+                self.asked[name] = (key, rounds, now + decide.prove_again(rounds))
+        if fresh:
+            self.save_proofs()
+            self.expected = True
+            self.due["converge"] = now
+
+    def on_published(self, text):
+        if text:
+            log("the node's public key is not published: %s" % text)
+        self.published = (self.published[0], self.clock() + PUBLISH_AGAIN) if text else (self.published[0], None)
+
+    # --- documents
+
+    def has_news(self):
+        now = self.clock()
+        self.news = (self.news[0] if self.news else now, now)
+        if self.lag_since is None:
+            self.lag_since = now
+
+    def missing(self):
+        if self.document is None:
+            return self.roster
+        return decide.note_missing(self.roster, self.document, self.config["node"], self.clock())
+
+    def load_base(self):
+        """Read the mesh document that a run left, where it is another one than before."""
+        path = self.config["document_file"]
+        try:
+            found = os.stat(path)
+            stat = (found.st_mtime_ns, found.st_ino, found.st_size)
+        except OSError:
+            stat = None
+        if stat == self.base_stat:
+            return
+        self.base_stat = stat
+        text = read_text(path) if stat else None
+        try:
+            base = _mesh.load_document(text) if text is not None else None
+        except MeshError as exc:
+            log("%s: %s" % (path, exc))
+            base = None
+        if base is None:
+            self.base = self.document = None
+            self.trouble, self.unproven = "there is no mesh document at %s: run the playbook enable" % path, set()
+            self.due["report"] = self.clock()
+            return
+        self.base, self.base_sha256 = base, _mesh.document_sha256(base)
+        kept, remembered = decide.parse_memory(read_text(self.memory_file()) or "", self.base_sha256)
+        self.document, self.remembered = (kept, remembered) if kept is not None else (base, None)
+        if self.applied is None:
+            # At a start the kernel is as this agent left it, or as a run or the boot made it.
+            self.applied = self.document
+            self.expected = True
+        self.whole = True
+        self.load_proofs()
+        if self.roster["complete"]:
+            self.has_news()
+        self.due["converge"] = self.clock()
+        log("mesh document of serial %d, %d nodes" % (base["serial"], len(base["nodes"])))
+
+    def compute(self, now):
+        """The document that follows from the news."""
+        self.news = None
+        # Who is gone and cannot be taken out now is tried again, but not at once.
+        self.due["gone"] = now + GONE_AGAIN
+        if self.document is None or not self.roster["complete"]:
+            return
+        if self.remembered is None:
+            self.remembered = decide.adopt(self.document, self.roster)
+        self.roster = self.missing()
+        document, texts = decide.next_document(self.document, self.roster, self.remembered, self.config, now)
+        for text in texts:
+            if text not in self.texts:
+                log("warning: " + text)
+        self.texts = texts
+        changes = _mesh.compare_documents(self.document, document)
+        if changes:
+            self.counts["changes"] += 1
+            for text in changes[:decide.NAMES_SHOWN]:
+                log(text)
+            self.document = document
+            self.expected = True
+            self.due["converge"] = now
+        elif not self.waits and self.applied == self.document:
+            self.lag_since = None
+        # Written when the kernel has it: a disk takes its time.
+        self.unsaved = True
+        self.roster = self.missing()
+        self.publish(now)
+
+    def memory_file(self):
+        return os.path.join(self.config["state"], "memory.json")
+
+    def save_memory(self):
+        self.unsaved = False
+        self.write(self.memory_file(), decide.memory_text(self.base_sha256, self.document, self.remembered))
+
+    def write(self, path, text):
+        """A file of the agent's own. What cannot be written (a disk that is full) must not stop it."""
+        if read_text(path) == text:
+            return
+        try:
+            write_text(path, text, STATE_MODE)
+        except MeshError as exc:
+            log(str(exc))
+
+    # --- proofs
+
+    def proof_file(self):
+        return os.path.join(self.config["runtime"], "proved.json")
+
+    def load_proofs(self):
+        """What was proven before this program was started again; a reboot forgets it."""
+        try:
+            found = json.loads(read_text(self.proof_file()) or "{}")
+            self.proved = {str(name): str(key) for name, key in found.items()}
+        except (ValueError, AttributeError):
+            self.proved = {}
+
+    def save_proofs(self):
+        self.write(self.proof_file(), json.dumps(self.proved, sort_keys=True))
+
+    def proven(self):
+        """Names of the peers that were reached with the key that they have, by this agent or by a run."""
+        generation = self.document["generation"]
+        path = os.path.join(os.path.dirname(self.config["lock_file"]), "proof-%s.json" % self.kernel.name(generation))
+        names = _probe.proven_names(_probe.read_proof(path), self.document, generation)
+        keys = {name: entry["public_keys"].get(str(generation)) for name, entry in self.document["nodes"].items()}
+        names |= {name for name, key in self.proved.items() if keys.get(name) == key}
+        return {name for name in names if keys[name] not in self.fresh_keys}
+
+    def distrust_fresh(self, state):
+        """Peers that the device does not have (any more): that they were reached once is no proof for when they are added."""
+        fresh = decide.keys_of(self.document, self.config["node"], str(self.document["generation"])) - set(state["peers"])
+        if fresh - self.fresh_keys:
+            self.fresh_keys |= fresh
+            self.proved = {name: key for name, key in self.proved.items() if key not in fresh}
+            self.save_proofs()
+
+    def prove(self, now):
+        """Ask those that are due, in a thread of its own."""
+        if self.proving or not self.unproven or self.document is None:
+            return
+        names = sorted(name for name in self.unproven if name in self.asked and self.asked[name][2] <= now)
+        if not names:
+            return
+        for name in names:
+            key, rounds, dummy = self.asked[name]
+            self.asked[name] = (key, rounds + 1, now)
+        self.proving = True
+        document = self.document
+
+        def work():
+            entries = {}
+            try:
+                entries = self.kernel.prove(document, names, self.before)
+            except (MeshError, OSError) as exc:
+                log("warning: %s" % exc)
+            finally:
+                # whatever happened: the main thread waits for this
+                self.queue.put(("proved", (entries, [name for name in names if name not in entries])))
+
+        threading.Thread(target=work, daemon=True, name="prover").start()
+
+    def note_unproven(self, state, proven):
+        """Who has to be asked: peers of the device that were not reached yet."""
+        keys = {entry["public_keys"].get(str(self.document["generation"])): name for name, entry in self.document["nodes"].items()
+                if entry["state"] != "excluded"}
+        here = {keys[key]: key for key in state["peers"] if keys.get(key)}
+        self.unproven = set(here) - proven - {self.config["node"]}
+        now = self.clock()
+        for name in list(self.asked):
+            if name not in self.unproven or self.asked[name][0] != here[name]:
+                del self.asked[name]
+        for name in self.unproven:
+            self.asked.setdefault(name, (here[name], 0, now))
+
+    # --- the kernel
+
+    def converge(self, now):
+        """Compare document and kernel, and do what is missing. News are compared with what is known of the kernel, without reading it."""
+        if now >= self.due["compare"]:
+            self.whole = True
+        if self.document is None:
+            self.due["converge"] = now + RETRY[-1]
+            self.due["report"] = now
+            return
+        try:
+            with _lock.turn(self.config["lock_file"]) as waits:
+                self.waits = waits
+                if waits:
+                    self.whole = True
+                    self.due["converge"] = now + RETRY[0]
+                    return  # `status` is told at the next report
+                # A run may have ended just now.
+                self.load_base()
+                if self.document is not None:
+                    self.work()
+            if self.whole:
+                self.due["compare"] = now + random.uniform(*decide.COMPARE)  # noqa: S311 - spreads work, protects nothing
+            self.failures, self.whole = 0, False
+            self.due["converge"] = self.due["compare"]
+        except (MeshError, OSError) as exc:
+            text = str(exc)
+            if text != self.trouble:
+                log(text)
+            self.trouble, self.whole = text, True
+            self.failures += 1
+            self.due["converge"] = self.clock() + RETRY[min(self.failures, len(RETRY)) - 1]
+        self.due["report"] = self.clock()
+
+    def work(self):
+        """One comparison; nobody else changes the mesh meanwhile."""
+        document = self.document
+        dummy, state, dummy2 = self.kernel.look(document["generation"], self.whole)
+        trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
+        if trouble != self.trouble and trouble:
+            log(trouble)
+        self.trouble = trouble
+        if trouble:
+            self.unproven = set()
+            return
+        self.distrust_fresh(state)
+        proven = self.proven()
+        steps, state = self.kernel.converge(document, self.applied, proven)
+        self.applied = document
+        now = self.clock()
+        repair, self.expected = not self.expected, False
+        if steps:
+            self.counts["repairs"] += int(repair)
+            what = ", ".join(sorted({step["op"] for step in steps}))
+            log("%d steps%s: %s" % (len(steps), " (the kernel was not as it was left)" if repair else "", what))
+        if self.lag_since is not None:
+            self.lag, self.lag_since = now - self.lag_since, None
+        self.note_unproven(state, proven)
+
+    # --- what is told
+
+    def publish(self, now):
+        """Offer the node's own public keys to the API, where its Node does not have them."""
+        own = self.roster["members"].get(self.config["node"])
+        if own is None or self.document is None or self.config["node"] not in self.document["nodes"]:
+            return
+        keys = self.document["nodes"][self.config["node"]]["public_keys"]
+        wanted = {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
+                  if own["annotation_keys"].get(generation) != key}
+        if not wanted or (self.published and self.published[0] == wanted and (self.published[1] is None or now < self.published[1])):
+            return  # nothing to do, done, or refused a short while ago
+        self.published = (wanted, now + PUBLISH_AGAIN)
+
+        def work():
+            try:
+                self.client.patch("%s/%s" % (NODES, self.config["node"]), {"metadata": {"annotations": wanted}})
+                self.queue.put(("published", ""))
+            except (MeshError, OSError) as exc:
+                self.queue.put(("published", str(exc)))
+
+        threading.Thread(target=work, daemon=True, name="publisher").start()
+
+    def report(self):
+        """State for `status`, metrics for node_exporter, a line for systemd."""
+        summary = decide.state_of(self.document, self.api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
+                                  time.time())
+        summary["base"] = self.base_sha256
+        rows = []
+        try:
+            if self.document is not None and self.config["node"] in self.document["nodes"]:
+                generation = self.document["generation"]
+                state = self.kernel.read(generation)[1]
+                rows = _status.join(self.document, self.config["node"], generation, state, self.kernel.routes(),
+                                    self.kernel.name(generation), time.time())
+        except (MeshError, OSError) as exc:
+            log("warning: %s" % exc)
+        self.write(self.config["metrics_file"], decide.metrics_text(rows, summary))
+        self.write(os.path.join(self.config["runtime"], "state.json"), json.dumps(summary, sort_keys=True) + "\n")
+        waits = "waits: " + self.waits if self.waits else ""
+        self.notifier.tell("STATUS=%s" % (self.trouble or waits or "%d nodes, API: %s" % (summary["nodes"], self.api)))
+
+
+def only_one(folder):
+    """The open lock of this agent; None where another one has it."""
+    handle = os.open(os.path.join(folder, "agent.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def main(argv):
+    """``argv``: path of the configuration. Exit codes: 0 ended by a signal, 1 cannot go on, 3 another agent is at work on this node."""
+    try:
+        text = read_text(argv[0])
+        if text is None:
+            raise MeshError("%s is not there; run the playbook enable with mesh_agent" % argv[0])
+        config = decide.parse_config(text)
+        held = only_one(config["runtime"])
+    except (MeshError, OSError) as exc:
+        log(str(exc))
+        return 1
+    if held is None:
+        log("another agent is at work on this node (it has %s/agent.lock); stop it first" % config["runtime"])
+        return EXIT_SECOND_AGENT
+    try:
+        agent = Agent(config)
+    except MeshError as exc:
+        log(str(exc))
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, agent.stop)
+    return agent.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

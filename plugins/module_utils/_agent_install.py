@@ -1,0 +1,324 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module_util is PRIVATE to the collection and should only be used inside it. Breaking changes can occur at any time.
+
+"""What the node agent consists of on a node: its program, unit, user, directories. Texts are pure; reading and doing are at the end.
+
+The program is the module_utils of this collection, the same files that modules run with, in a directory of their own that is named for
+their content. A symbolic link says which one counts, and is replaced in one step.
+"""
+
+from __future__ import annotations
+
+import ast
+import compileall
+import grp
+import hashlib
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
+    apply_file_step,
+    plan_files,
+    read_text,
+    remove_empty_folders,
+    write_text,
+)
+
+PACKAGE = "ansible_collections.kubemesh.wireguard.plugins.module_utils"
+PROGRAM = "_agent"
+USER = "kubemesh-agent"
+UNIT = "kubemesh-agent.service"
+UNIT_FILE = "/etc/systemd/system/" + UNIT
+USERS_FILE = "/etc/sysusers.d/kubemesh-agent.conf"
+FOLDERS_FILE = "/etc/tmpfiles.d/kubemesh-agent.conf"
+CONFIG_FILE = "/etc/kubemesh/agent.json"
+TOKEN_FILE = "/etc/kubemesh/agent-token"  # noqa: S105 - a path
+TOKEN_MODE = 0o640
+LIBRARY = "/usr/local/lib/kubemesh"
+LINK = LIBRARY + "/agent"
+LOCK_FOLDER = "/run/kubemesh"
+RUNTIME = LOCK_FOLDER + "/agent"
+STATE = "/var/lib/kubemesh-agent"
+METRICS_FILE = STATE + "/metrics/kubemesh.prom"
+STATE_FILE = RUNTIME + "/state.json"
+MEMORY_FILE = STATE + "/memory.json"
+
+HEADER = "# Written by kubemesh.wireguard. Changes made here are lost.\n"
+
+START = HEADER + '''\
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
+from %s import %s
+
+sys.exit(%s.main(sys.argv[1:]))
+''' % (PACKAGE, PROGRAM, PROGRAM)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------------------------
+
+def users_text():
+    """The agent's user, for systemd-sysusers."""
+    return HEADER + 'u %s - "Agent of the WireGuard mesh" - -\n' % USER
+
+
+def folders_text(as_root):
+    """Directories below /run, for systemd-tmpfiles.
+
+    ``as_root``: see `unit_text`; a root without capabilities writes only to what is its own.
+
+    The agent reads the lock of the playbooks' runs, and others must not: who can open that directory can keep it locked. New files in it
+    get its group.
+    """
+    owner = "root" if as_root else USER
+    return HEADER + "d %s 2750 root %s -\nd %s 0755 %s %s -\n" % (LOCK_FOLDER, USER, RUNTIME, owner, owner)
+
+
+def unit_text(python, as_root, devices):
+    """The service. ``devices``: units that make the device at boot.
+
+    ``as_root``: the device is a userspace implementation's, whose control socket belongs to root; the one capability is the same then.
+    """
+    user = "" if as_root else "User=%s\nGroup=%s\nAmbientCapabilities=CAP_NET_ADMIN\n" % (USER, USER)
+    return HEADER + f"""\
+[Unit]
+Description=Keeps the WireGuard mesh of this node up to the cluster's list of nodes
+Documentation=https://galaxy.ansible.com/ui/repo/published/kubemesh/wireguard/
+After=network.target kubemesh-routes.service {" ".join(devices)}
+ConditionPathExists={CONFIG_FILE}
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStartPre=+/usr/bin/env systemd-tmpfiles --create {FOLDERS_FILE}
+ExecStart={python} -I -S {LINK}/start.py {CONFIG_FILE}
+{user}CapabilityBoundingSet=CAP_NET_ADMIN
+NoNewPrivileges=yes
+Restart=always
+RestartSec=5
+# Another agent is at work: this one must not take turns with it.
+RestartPreventExitStatus=3
+TimeoutStartSec=90
+WatchdogSec=120
+# What it did stays: the mesh outlives its manager.
+KillMode=mixed
+MemoryMax=256M
+TasksMax=64
+UMask=0022
+StateDirectory=kubemesh-agent
+ReadWritePaths=-{RUNTIME}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def imports_of(source):
+    """Names of the module_utils of this collection that a source imports."""
+    found = set()
+    for statement in ast.walk(ast.parse(source)):
+        if isinstance(statement, ast.ImportFrom) and statement.level == 0:
+            if statement.module == PACKAGE:
+                found |= {alias.name for alias in statement.names}
+            elif statement.module and statement.module.startswith(PACKAGE + "."):
+                found.add(statement.module[len(PACKAGE) + 1:])
+    return found
+
+
+def program_files(source_of):
+    """``{path in the program's directory: text}``. ``source_of(name)``: the source of a module_util."""
+    files, waiting = {"start.py": START}, {PROGRAM}
+    names = set()
+    while waiting:
+        name = waiting.pop()
+        names.add(name)
+        source = source_of(name)
+        files["%s/%s.py" % (PACKAGE.replace(".", "/"), name)] = source
+        waiting |= imports_of(source) - names
+    return files
+
+
+def digest(files):
+    """Twelve hexadecimal digits that stand for the content of files."""
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(("%s\0%d\0" % (path, len(files[path]))).encode("utf-8"))
+        found.update(files[path].encode("utf-8"))
+    return found.hexdigest()[:12]
+
+
+# --- the node --------------------------------------------------------------------------------------------------------------------------
+
+def source_of(name):
+    """The source of a module_util as this program was given it: a file, or a member of the archive that Ansible made."""
+    full = "%s.%s" % (PACKAGE, name)
+    found = importlib.util.find_spec(full)
+    source = found.loader.get_source(full) if found is not None else None
+    if source is None:
+        raise MeshError("the source of %s is not there: is this collection complete?" % full)
+    return source
+
+
+def is_complete(folder, files):
+    """Whether a directory holds exactly these files' contents."""
+    return all(read_text(os.path.join(folder, path)) == text for path, text in files.items())
+
+
+def folder_of(files):
+    """The directory that the program of these files lies in."""
+    return "%s-%s" % (LINK, digest(files))
+
+
+def install_program(files):
+    """Write the program, byte-compile it (the agent cannot), and make the link point to it; older ones go."""
+    folder = folder_of(files)
+    if not is_complete(folder, files):
+        for path, text in files.items():
+            write_text(os.path.join(folder, path), text, 0o644)
+    compileall.compile_dir(folder, quiet=1)
+    temporary = LINK + ".new"
+    try:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+        os.symlink(os.path.basename(folder), temporary)
+        os.replace(temporary, LINK)
+    except OSError as exc:
+        raise MeshError("%s cannot be replaced: %s" % (LINK, exc.strerror)) from None
+    remove_programs(folder)
+
+
+def remove_programs(keep=None):
+    """Remove the directories of programs, but for one."""
+    try:
+        names = os.listdir(LIBRARY)
+    except OSError:
+        return
+    for name in names:
+        if re.fullmatch(r"agent-[0-9a-f]{12}", name) and os.path.join(LIBRARY, name) != keep:
+            shutil.rmtree(os.path.join(LIBRARY, name), ignore_errors=True)
+
+
+def linked():
+    """Where the link points to, an empty text where there is none."""
+    try:
+        return os.path.join(LIBRARY, os.readlink(LINK))
+    except OSError:
+        return ""
+
+
+def identity():
+    """``(uid, gid)`` of the agent's user; None where there is none."""
+    try:
+        return pwd.getpwnam(USER).pw_uid, grp.getgrnam(USER).gr_gid
+    except KeyError:
+        return None
+
+
+def wanted_files(config_text, python, as_root, devices):
+    """``{path: (text, mode)}`` of everything but program and token."""
+    return {
+        CONFIG_FILE: (config_text, 0o644),
+        UNIT_FILE: (unit_text(python, as_root, devices), 0o644),
+        USERS_FILE: (users_text(), 0o644),
+        FOLDERS_FILE: (folders_text(as_root), 0o644),
+    }
+
+
+def plan_present(config_text, token, python, as_root, devices, files):
+    """Steps to an installed agent. ``token``: text, or None to leave the one that is there alone."""
+    steps = plan_files(wanted_files(config_text, python, as_root, devices))
+    if linked() != folder_of(files) or not is_complete(folder_of(files), files):
+        steps.append({"op": "install_program", "path": folder_of(files)})
+    if token is not None and read_text(TOKEN_FILE) != token + "\n":
+        # neither the old one nor the new one is in a step: steps are printed
+        steps.append({"op": "write_token", "path": TOKEN_FILE})
+    return steps
+
+
+def plan_absent():
+    """Steps to a node without agent."""
+    steps = plan_files(dict.fromkeys((CONFIG_FILE, UNIT_FILE, USERS_FILE, FOLDERS_FILE), (None, 0o644)))
+    if os.path.lexists(LINK):
+        steps.append({"op": "remove_program", "path": LINK})
+    if os.path.lexists(TOKEN_FILE):
+        steps.append({"op": "remove_token", "path": TOKEN_FILE})
+    for path in (STATE, RUNTIME):
+        if os.path.isdir(path):
+            steps.append({"op": "remove_folder", "path": path})
+    if identity() is not None:
+        steps.append({"op": "remove_user", "path": USER})
+    return steps
+
+
+def apply_present(system, steps, token, files, restart):
+    """Carry out steps of `plan_present`; the unit is started (again) last, so that nothing runs half installed."""
+    paths = {step["path"] for step in steps}
+    for step in steps:
+        if step["op"] in ("write_file", "remove_file"):
+            apply_file_step(step)
+        elif step["op"] == "install_program":
+            install_program(files)
+    if identity() is None:
+        system.run(["systemd-sysusers", USERS_FILE])
+    owner = identity()
+    if owner is None:
+        raise MeshError("the user %s could not be made; make it, or look what systemd-sysusers says" % USER)
+    if TOKEN_FILE in paths:
+        write_text(TOKEN_FILE, token + "\n", 0o600)
+    if os.path.exists(TOKEN_FILE):
+        os.chown(TOKEN_FILE, 0, owner[1])
+        os.chmod(TOKEN_FILE, TOKEN_MODE)
+    system.run(["systemd-tmpfiles", "--create", FOLDERS_FILE])
+    if UNIT_FILE in paths:
+        system.run(["systemctl", "daemon-reload"])
+    system.run(["systemctl", "enable", UNIT])
+    system.run(["systemctl", "restart" if restart else "start", UNIT])
+
+
+def apply_absent(system, steps):
+    """Carry out steps of `plan_absent`: the service first. What it did in the kernel stays."""
+    if os.path.exists(UNIT_FILE):
+        system.run(["systemctl", "disable", "--now", UNIT])
+    for step in steps:
+        if step["op"] == "remove_file":
+            apply_file_step(step)
+        elif step["op"] == "remove_program":
+            os.unlink(LINK)
+            remove_programs()
+            remove_empty_folders([LIBRARY])
+        elif step["op"] == "remove_token":
+            os.unlink(TOKEN_FILE)
+        elif step["op"] == "remove_folder":
+            shutil.rmtree(step["path"], ignore_errors=True)
+        elif step["op"] == "remove_user":
+            if os.path.isdir(LOCK_FOLDER):
+                os.chown(LOCK_FOLDER, 0, 0)
+                os.chmod(LOCK_FOLDER, 0o700)
+            system.run(["userdel", USER])
+    system.run(["systemctl", "daemon-reload"])
+    remove_empty_folders(["/etc/kubemesh", LOCK_FOLDER])

@@ -1,0 +1,192 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Node agents in network namespaces with userspace WireGuard, and the API server of the tests. Needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "api"))
+
+import apiserver
+import netlab
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan, _mesh, _routes_plan
+
+PORT, TABLE, PRIORITY, MARK = 51840, 51840, 400, 0x1000
+PROGRAM = "ansible_collections.kubemesh.wireguard.plugins.module_utils._agent"
+KEY = "kubemesh.wireguard/public-key-0"
+API = "api"
+
+
+class AgentLab:
+    """``hosts``: all nodes; ``members``: those of the first document. The others have a device with a key, and no peers. A context manager.
+
+    ``grace`` in seconds.
+    """
+
+    def __init__(self, folder, hosts, members=None, grace=1):
+        self.folder, self.hosts, self.grace = Path(folder), list(hosts), grace
+        self.members = list(members or hosts)
+        self.net = netlab.Net([*self.hosts, API])
+        self.keys = {host: netlab.new_key() for host in self.hosts}
+        self.agents = {}
+        self.devices = {}
+
+    def __enter__(self):
+        self.net.__enter__()
+        try:
+            self.api = apiserver.ApiServer(self.net.address(API), 6443, self.folder / "tls", {"agent": "t-1"}, self.net.ns(API)).start()
+            for host in self.members:
+                self.api.apply("nodes", self.node(host))
+            for host in self.hosts:
+                self._prepare(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc):
+        for host in list(self.agents):
+            self.stop(host)
+        if hasattr(self, "api"):
+            self.api.stop()
+        self.net.close()
+
+    def number(self, host):
+        return self.hosts.index(host) + 1
+
+    def cidr(self, host):
+        return "10.244.%d.0/24" % self.number(host)
+
+    def node(self, host, key=None, cidrs=None, **more):
+        """The Node object of a host, with its key as annotation."""
+        return apiserver.node(host, [self.cidr(host)] if cidrs is None else cidrs, [self.net.address(host)],
+                              {KEY: key or self.keys[host][1]}, **more)
+
+    def document(self, serial=1):
+        nodes = {}
+        for host in self.members:
+            public = self.keys[host][1]
+            nodes[host] = {
+                "state": "member", "reason": "", "uid": self.api.get("nodes", host)["metadata"]["uid"], "public_keys": {"0": public},
+                "endpoints": {"ipv4": {"address": self.net.address(host), "port": None}},
+                "pod_cidrs": [self.cidr(host)], "node_addresses": [self.net.address(host)],
+                "probe_addresses": {"0": _mesh.probe_address(public)}, "mtu": 1420, "keepalive": 0}
+        return _mesh.validate_document({
+            "schema": 1, "serial": serial, "complete": True, "generation": 0, "ports": {"0": PORT, "1": PORT + 1}, "nodes": nodes})
+
+    def place(self, host):
+        return self.folder / host
+
+    def _prepare(self, host):
+        """What the playbook enable leaves on a node: device with key, document, rules for the boot."""
+        place = self.place(host)
+        for name in ("runtime", "state", "boot", "lock"):
+            (place / name).mkdir(parents=True, exist_ok=True)
+        (place / "lock").chmod(0o700)
+        (place / "token").write_text("t-1\n")
+        device = self.devices[host] = self.net.userspace_device(host)
+        self.net.exec(host, "wg", "setconf", device, "/dev/stdin",
+                      stdin="[Interface]\nPrivateKey = %s\nListenPort = %d\n" % (self.keys[host][0], PORT))
+        self.net.ip(host, "link set %s up" % device)
+        # a pod, so that there is something to reach
+        self.net.ip(host, "link add pod0 type bridge", "link set pod0 up", "addr add 10.244.%d.1/32 dev pod0" % self.number(host))
+        for name in ("all", "eth0", device):
+            self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % name, 2)
+        self.install(host)
+
+    def install(self, host, serial=1, **config):
+        """The document and configuration of a host, as a run of the playbooks leaves them."""
+        place = self.place(host)
+        members = self.members if host in self.members else [*self.members, host]
+        own, self.members = self.members, members
+        if host not in own:
+            self.api.apply("nodes", self.node(host))
+        document = self.document(serial)
+        if host not in own:
+            self.api.delete("nodes", host)
+        self.members = own
+        (place / "mesh.json").write_bytes(_mesh.document_bytes(document))
+        settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": "pods", "send": True}
+        state = {"rules": _routes_plan.wanted_rules(document, host, settings), "routes": []}
+        for family in ("ipv4", "ipv6"):
+            (place / "boot" / ("rules-%s.batch" % family)).write_text(_routes_plan.rules_text(state, family))
+        (place / "agent.json").write_text(_agent_plan.config_text(dict({
+            "node": host, "server": self.api.url, "ca_file": self.api.ca_file, "token_file": str(place / "token"),
+            "interface": self.devices[host][:-1], "table": TABLE, "rule_priority": PRIORITY, "fwmark": MARK, "exempt_cidrs": [],
+            "exclude_nodes": [], "service_cidrs": [], "grace": self.grace, "document_file": str(place / "mesh.json"),
+            "boot_folder": str(place / "boot"), "lock_file": str(place / "lock" / "lock.json"), "runtime": str(place / "runtime"),
+            "state": str(place / "state"), "metrics_file": str(place / "state" / "kubemesh.prom")}, **config)))
+
+    # --- agents
+
+    def start(self, *hosts):
+        for host in hosts or self.hosts:
+            with open(self.place(host) / "log", "ab") as handle:
+                self.agents[host] = subprocess.Popen(
+                    ["ip", "netns", "exec", self.net.ns(host), sys.executable, "-m", PROGRAM, str(self.place(host) / "agent.json")],
+                    stdin=subprocess.DEVNULL, stdout=handle, stderr=handle,
+                    env=dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)))
+
+    def stop(self, host, kill=False):
+        process = self.agents.pop(host)
+        if process.poll() is None:
+            (process.kill if kill else process.terminate)()
+        return process.wait(timeout=20)
+
+    def log(self, host):
+        path = self.place(host) / "log"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def state(self, host):
+        path = self.place(host) / "runtime" / "state.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    # --- the kernel
+
+    def routes(self, host):
+        """Prefixes that have a route into the mesh device, both tables."""
+        found = set()
+        for table in (TABLE, TABLE + 1):
+            lines = self.net.exec(host, "ip", "-4", "route", "show", "table", table, check=False).splitlines()
+            found |= {line.split()[0] for line in lines if "dev " + self.devices[host] in line}
+        return found
+
+    def allowed(self, host):
+        """{public key: allowed IPs} of the device."""
+        lines = self.net.exec(host, "wg", "show", self.devices[host], "allowed-ips").splitlines()
+        return {line.split("\t")[0]: set(line.split("\t")[1].split()) for line in lines}
+
+    def rules(self, host):
+        return sum(1 for line in self.net.exec(host, "ip", "-4", "rule").splitlines() if "lookup %d" % TABLE in line
+                   or "lookup %d" % (TABLE + 1) in line)
+
+    def sends_to(self, host, *others):
+        """Whether a host routes to all these and to nobody else."""
+        wanted = {self.cidr(other) for other in others} | {self.net.address(other) for other in others}
+        return self.routes(host) == wanted
+
+    def wait(self, ready, what, seconds=30.0):
+        try:
+            netlab.wait_for(ready, what, seconds)
+        except RuntimeError as exc:
+            logs = "".join("--- %s\n%s" % (host, self.log(host)) for host in self.hosts)
+            raise AssertionError("%s\n%s" % (exc, logs)) from None
+
+    def whole(self, *hosts):
+        """Wait until each of these nodes sends to all others of them, and to nobody else."""
+        for host in hosts:
+            self.wait(lambda host=host: self.sends_to(host, *[other for other in hosts if other != host]) and self.rules(host) == 2,
+                      "routes of %s to all of %s" % (host, ", ".join(hosts)))
+
+
+def why_not():
+    return netlab.why_not() or ("" if shutil.which("openssl") else "missing: openssl")

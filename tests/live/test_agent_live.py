@@ -1,0 +1,237 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Node agents with real WireGuard devices, rules and routes, and an API server that misbehaves on demand.
+
+One mesh of a and b for all tests, and c that joins; each test leaves it as it found it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import agentlab
+import apiserver
+import netlab
+
+pytestmark = pytest.mark.skipif(bool(agentlab.why_not()), reason="live tests: " + agentlab.why_not())
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    with agentlab.AgentLab(tmp_path_factory.mktemp("agent"), ["a", "b", "c"], ["a", "b"]) as lab:
+        lab.start("a", "b")
+        yield lab
+
+
+@pytest.fixture
+def lab(mesh):
+    mesh.whole("a", "b")
+    mesh.wait(lambda: mesh.state("a")["api"] == mesh.state("b")["api"] == "watching" and mesh.api.watching() >= 2, "agents that watch")
+    # an event, so that nobody pauses for what went wrong in the test before
+    mesh.api.heartbeat()
+    yield mesh
+    mesh.api.clear_faults()
+    mesh.api.permit()
+    mesh.api.up()
+    if "c" in mesh.agents:
+        mesh.stop("c")
+    if "c" in mesh.api.names("nodes"):
+        mesh.api.delete("nodes", "c")
+    mesh.whole("a", "b")
+
+
+def watched_again(lab, before):
+    """Wait until the agents of a and b both asked for a list again since there were so many requests."""
+    lab.wait(lambda: sum(1 for request in lab.api.requests[before:] if request["verb"] == "watch" and request["code"] == 200) >= 2,
+             "new watches")
+
+
+def test_joins_sends_only_when_accepted_and_leaves(lab):
+    lab.api.apply("nodes", lab.node("c"))
+    # c has a device that accepts nobody yet: it is a peer, and nothing is sent to it.
+    lab.wait(lambda: lab.keys["c"][1] in lab.allowed("a") and lab.state("a").get("unproven") == ["c"], "c as a peer that is not proven")
+    assert lab.sends_to("a", "b")
+    lab.start("c")
+    lab.whole("a", "b", "c")
+    assert lab.net.exec("a", "ping", "-c", "1", "-W", "5", "-I", lab.net.address("a"), "10.244.3.1")
+    lab.api.delete("nodes", "c")
+    lab.whole("a", "b")
+    assert lab.keys["c"][1] not in lab.allowed("a")
+
+
+def test_changes_of_status_change_nothing(lab):
+    before = lab.state("a")["counts"]
+    for dummy in range(10):
+        lab.api.heartbeat()
+    lab.api.apply("nodes", apiserver.node("pending"))
+    lab.wait(lambda: lab.state("a")["counts"]["events"] >= before["events"] + 21 and lab.state("a")["counts"]["changes"]
+             == before["changes"] + 1, "all events at a, one of them a change")
+    lab.api.delete("nodes", "pending")
+    lab.wait(lambda: lab.state("a")["nodes"] == 2, "two nodes")
+
+
+def test_another_cidr_moves_without_a_gap_for_the_rest(lab):
+    node = lab.node("b", cidrs=["10.244.9.0/24"], uid=str(uuid.uuid4()))
+    lab.api.recreate("nodes", "b", obj=node)
+    lab.wait(lambda: lab.routes("a") == {"10.244.9.0/24", lab.net.address("b")}, "the new CIDR of b at a")
+    assert "10.244.9.0/24" in lab.allowed("a")[lab.keys["b"][1]] and lab.cidr("b") not in lab.allowed("a")[lab.keys["b"][1]]
+    lab.api.recreate("nodes", "b", obj=lab.node("b", uid=str(uuid.uuid4())))
+
+
+def test_replaced_under_the_same_name_with_another_key(lab):
+    lab.start("c")
+    lab.api.apply("nodes", lab.node("c"))
+    lab.whole("a", "b", "c")
+    lab.stop("c")
+    # The machine is another one with another key, whose device accepts nobody: nothing may be sent to it.
+    lab.api.recreate("nodes", "c", obj=lab.node("c", key=netlab.new_key()[1], uid=str(uuid.uuid4())))
+    lab.wait(lambda: lab.sends_to("a", "b") and lab.keys["c"][1] not in lab.allowed("a") and len(lab.allowed("a")) == 2,
+             "the new key of c at a, without routes")
+
+
+def test_a_cidr_goes_from_one_node_to_the_next_at_once(lab):
+    lab.start("c")
+    lab.api.apply("nodes", lab.node("c"))
+    lab.whole("a", "b", "c")
+    lab.stop("c")
+    lab.api.delete("nodes", "c")
+    lab.api.apply("nodes", apiserver.node("next", [lab.cidr("c")], ["198.18.7.200"], {agentlab.KEY: netlab.new_key()[1]}))
+    lab.wait(lambda: any(lab.cidr("c") in found and "198.18.7.200/32" in found for found in lab.allowed("a").values()), "the next node")
+    assert lab.cidr("c") not in lab.routes("a")
+    lab.api.delete("nodes", "next")
+
+
+def test_api_away_and_what_happened_meanwhile(lab):
+    lab.api.down()
+    lab.wait(lambda: lab.state("a")["api"] != "watching" and lab.state("b")["api"] != "watching", "agents that know that the API is away")
+    # A second of grace is over long since when it is back, and counts from then.
+    assert lab.sends_to("a", "b")
+    lab.api.apply("nodes", lab.node("c"))
+    lab.start("c")
+    lab.api.up()
+    lab.whole("a", "b", "c")
+
+
+@pytest.mark.parametrize("fault", ["empty", "garbage", "reset", "half", "status"])
+def test_lists_that_are_none_take_nothing_away(lab, fault):
+    lab.api.fault(fault, verb="list", resource="nodes", times=4)
+    before = len(lab.api.requests)
+    lab.api.compact()
+    lab.api.close_watches()
+    watched_again(lab, before)
+    lab.wait(lambda: lab.state("a")["api"] == "watching" and lab.state("b")["api"] == "watching", "agents that watch again")
+    assert lab.sends_to("a", "b") and lab.sends_to("b", "a")
+
+
+@pytest.mark.parametrize("how", ["in the stream", "as a status"])
+def test_gone_is_read_again_and_the_difference_applied(lab, how):
+    lab.start("c")
+    if how == "in the stream":
+        lab.api.down()
+        lab.api.apply("nodes", lab.node("c"))
+        lab.api.compact()
+        lab.api.up()
+    else:
+        lab.api.fault("status", verb="watch", resource="nodes", code=410, times=2)
+        lab.api.close_watches()
+        lab.api.apply("nodes", lab.node("c"))
+    lab.whole("a", "b", "c")
+
+
+def test_token_is_read_again(lab):
+    lab.api.set_tokens({"agent": "t-2"})
+    try:
+        lab.api.close_watches()
+        lab.wait(lambda: "401" in lab.state("a")["api"], "the refused token in the state of a")
+        for host in ("a", "b"):
+            (lab.place(host) / "token").write_text("t-2\n")
+        lab.wait(lambda: lab.state("a")["api"] == "watching", "the new token")
+    finally:
+        lab.api.set_tokens({"agent": "t-1"})
+        for host in ("a", "b"):
+            (lab.place(host) / "token").write_text("t-1\n")
+
+
+def test_drift_is_repaired(lab):
+    repairs = lab.state("a")["counts"]["repairs"]
+    lab.net.exec("a", "wg", "set", lab.devices["a"], "peer", lab.keys["b"][1], "remove")
+    lab.net.ip("a", "route flush table %d" % agentlab.TABLE, "rule del priority %d" % agentlab.PRIORITY, "link set %s mtu 1300" %
+               lab.devices["a"])
+    os.utime(lab.place("a") / "mesh.json")
+    lab.whole("a", "b")
+    lab.wait(lambda: lab.state("a")["counts"]["repairs"] > repairs, "a repair in the state of a")
+    assert "mtu 1420" in lab.net.exec("a", "ip", "link", "show", lab.devices["a"])
+
+
+def test_killed_and_started_again(lab):
+    lab.start("c")
+    lab.api.apply("nodes", lab.node("c"))
+    lab.whole("a", "b", "c")
+    lab.stop("a", kill=True)
+    assert lab.sends_to("a", "b", "c")
+    lab.api.delete("nodes", "c")
+    lab.api.down()
+    lab.start("a")
+    # without the API it keeps what it knew before, also what the document of the last run does not have
+    lab.wait(lambda: lab.state("a").get("nodes") == 3 and lab.state("a")["api"] != "watching", "the state of a after its start")
+    assert lab.sends_to("a", "b", "c")
+    lab.api.up()
+    lab.whole("a", "b")
+
+
+def test_second_agent_is_refused(lab):
+    first = lab.agents.pop("a")
+    lab.start("a")
+    second = lab.agents.pop("a")
+    lab.agents["a"] = first
+    assert second.wait(timeout=60) == 3
+    assert "another agent is at work" in lab.log("a")
+
+
+def test_waits_for_a_run(lab):
+    lock = {"path": str(lab.place("a") / "lock" / "lock.json"), "run": "run-of-a-test", "who": "tester", "doing": "reconcile"}
+    assert lab.net.module("a", "lock", state="held", started=1, **lock)["acquired"]
+    lab.start("c")
+    lab.api.apply("nodes", lab.node("c"))
+    lab.wait(lambda: lab.keys["c"][1] in lab.allowed("b") and "tester runs reconcile" in lab.state("a")["waits_for_run"],
+             "c at b, a that waits")
+    assert lab.keys["c"][1] not in lab.allowed("a")
+    lab.net.module("a", "lock", state="absent", **lock)
+    lab.whole("a", "b", "c")
+
+
+def test_a_bad_node_does_not_stop_the_others(lab):
+    bad = apiserver.node("bad", [lab.cidr("a")], ["198.18.7.201"], {agentlab.KEY: lab.keys["b"][1]})
+    lab.api.apply("nodes", bad)
+    lab.api.apply("nodes", apiserver.node("jinja", ["{{ 7 * 7 }}"], ["198.18.7.202"], {agentlab.KEY: '{{ lookup("pipe", "id") }}'}))
+    lab.start("c")
+    lab.api.apply("nodes", lab.node("c"))
+    lab.whole("a", "b", "c")
+    assert any("bad" in text for text in lab.state("b")["warnings"])
+    lab.api.delete("nodes", "bad")
+    lab.api.delete("nodes", "jinja")
+
+
+def test_own_key_is_published_and_a_refusal_is_no_obstacle(lab):
+    lab.api.refuse("patch", "nodes")
+    lab.api.patch("nodes", "a", {"metadata": {"annotations": {agentlab.KEY: None}}})
+    lab.api.wait_asked(verb="patch", code=403)
+    lab.api.permit()
+    lab.stop("a")
+    lab.start("a")
+    lab.wait(lambda: lab.api.get("nodes", "a")["metadata"]["annotations"].get(agentlab.KEY) == lab.keys["a"][1], "the annotation of a")
+
+
+def test_metrics(lab):
+    lab.net.exec("a", "ping", "-c", "1", "-W", "5", "-I", lab.net.address("a"), "10.244.2.1")
+    lab.wait(lambda: 'kubemesh_peer_encrypted{peer="b"} 1' in (lab.place("a") / "state" / "kubemesh.prom").read_text(), "metrics of a")
+    text = (lab.place("a") / "state" / "kubemesh.prom").read_text()
+    assert "kubemesh_agent_api_up 1" in text and "kubemesh_agent_ok 1" in text and 'kubemesh_peer_handshake_age_seconds{peer="b"}' in text

@@ -1,0 +1,170 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The agent's loop without a kernel; with one it is shown in tests/live."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import documents
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_plan, _mesh
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_watch import ApiError
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+
+
+class Kernel:
+    """Where every change works, and is counted, and reading costs."""
+
+    def __init__(self):
+        self.reads, self.converged, self.error = 0, [], None
+        self.state = {"name": "wgmesh0", "public_key": documents.key(1), "peers": {}}
+
+    def name(self, generation):
+        return "wgmesh%d" % generation
+
+    def read(self, generation):
+        return {}, self.state
+
+    def routes(self):
+        return {"routes": [], "rules": []}
+
+    def look(self, generation, whole):
+        self.reads += int(whole)
+        return {}, self.state, self.routes()
+
+    def converge(self, document, applied, proven):
+        if self.error:
+            raise self.error
+        self.converged.append(sorted(document["nodes"]))
+        return [], self.state
+
+
+class Client:
+    """An API that is never reached."""
+
+    def list(self, path, kind, reduce):
+        raise ApiError("not there")
+
+
+@pytest.fixture
+def agent(tmp_path):
+    for name in ("runtime", "state"):
+        (tmp_path / name).mkdir()
+    doc = documents.document({"w%d" % number: documents.entry(number) for number in (1, 2)})
+    (tmp_path / "mesh.json").write_bytes(_mesh.document_bytes(doc))
+    config = {"node": "w1", "server": "https://192.0.2.1", "ca_file": None, "token_file": None, "interface": "wgmesh", "table": 51840,
+              "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [], "grace": 60,
+              "document_file": str(tmp_path / "mesh.json"), "boot_folder": str(tmp_path), "lock_file": str(tmp_path / "no" / "lock.json"),
+              "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
+    it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})
+    it.now = 1000.0
+    it.load_base()
+    it.due["converge"] = it.now
+    return it
+
+
+def node(number):
+    entry = documents.entry(number)
+    return {"metadata": {"name": "w%d" % number, "uid": "u%d" % number,
+                         "annotations": {"kubemesh.wireguard/public-key-0": documents.key(number)}},
+            "spec": {"podCIDRs": entry["pod_cidrs"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": address} for address in entry["node_addresses"]]}}
+
+
+def listing(*numbers):
+    return {"w%d" % number: _agent_plan.reduced(node(number)) for number in numbers}
+
+
+def test_whole_comparisons_come_within_60_to_90_seconds_and_news_need_none(agent):
+    agent.tick()
+    assert (agent.kernel.reads, agent.kernel.converged) == (1, [["w1", "w2"]])
+    assert 60 <= agent.due["compare"] - agent.now <= 90 and agent.due["converge"] == agent.due["compare"]
+    agent.on_listed(listing(1, 2, 3))
+    agent.now += 0.04
+    agent.tick()
+    assert len(agent.kernel.converged) == 1  # not settled yet
+    agent.now += 0.02
+    agent.tick()
+    assert agent.kernel.converged[1:] == [["w1", "w2", "w3"]] and agent.kernel.reads == 1
+    agent.now = agent.due["compare"]
+    agent.tick()
+    assert agent.kernel.reads == 2
+
+
+def test_who_is_gone_goes_after_the_grace_and_not_while_the_api_is_away(agent):
+    agent.on_listed(listing(1))
+    agent.now += 1
+    agent.tick()
+    agent.on_away("cut")
+    agent.now += 3600
+    agent.tick()
+    assert set(agent.document["nodes"]) == {"w1", "w2"}
+    agent.on_back(None)
+    agent.now += 59
+    agent.tick()
+    assert set(agent.document["nodes"]) == {"w1", "w2"}
+    agent.now += 2
+    agent.tick()
+    assert set(agent.document["nodes"]) == {"w1"} and agent.kernel.converged[-1] == ["w1"]
+
+
+def test_what_fails_is_tried_again_later_from_the_beginning(agent):
+    agent.kernel.error = MeshError("the kernel says no")
+    agent.tick()
+    assert agent.trouble == "the kernel says no" and agent.due["converge"] == agent.now + _agent.RETRY[0] and agent.whole
+    agent.now += _agent.RETRY[0]
+    agent.tick()
+    assert agent.due["converge"] == agent.now + _agent.RETRY[1]
+    agent.kernel.error = None
+    agent.now += _agent.RETRY[1]
+    agent.tick()
+    assert agent.trouble == "" and agent.applied == agent.document
+
+
+def test_a_disk_that_is_full_stops_nothing(agent, monkeypatch, capsys):
+    def full(path, text, mode):
+        raise MeshError("%s cannot be written: no space" % path)
+
+    monkeypatch.setattr(_agent, "write_text", full)
+    agent.on_listed(listing(1, 2, 3))
+    agent.now += 1
+    agent.tick()
+    assert agent.kernel.converged[-1] == ["w1", "w2", "w3"] and "no space" in capsys.readouterr().err
+
+
+def test_a_document_that_vanishes_stops_the_work_and_one_that_comes_back_begins_it(agent, tmp_path):
+    agent.tick()
+    text = (tmp_path / "mesh.json").read_bytes()
+    (tmp_path / "mesh.json").unlink()
+    agent.now += 3
+    agent.tick()
+    assert agent.document is None and "no mesh document" in agent.trouble
+    assert json.loads((tmp_path / "runtime" / "state.json").read_text())["hindrance"] == agent.trouble
+    (tmp_path / "mesh.json").write_bytes(text)
+    agent.now += 3
+    agent.tick()
+    assert agent.trouble == "" and len(agent.kernel.converged) == 2
+
+
+def test_a_thread_that_ended_ends_the_agent(agent, capsys):
+    agent.follower.run = lambda: None
+    assert agent.run() == 1
+    assert "to be started again" in capsys.readouterr().err
+
+
+def test_never_busy(agent):
+    """Whatever is due, doing it leaves nothing that is due at once."""
+    agent.on_listed(listing(1))
+    for dummy in range(200):
+        agent.tick()
+        assert agent.pause() > 0
+        agent.now += agent.pause()

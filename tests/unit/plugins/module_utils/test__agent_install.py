@@ -1,0 +1,86 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_install as install
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    """The directory of programs elsewhere."""
+    folder = tmp_path / "lib"
+    monkeypatch.setattr(install, "LIBRARY", str(folder))
+    monkeypatch.setattr(install, "LINK", str(folder / "agent"))
+    return folder
+
+
+def test_program_is_whole_and_needs_nothing_else(library):
+    """It runs with the standard library alone, from its own directory, and says what it lacks."""
+    files = install.program_files(install.source_of)
+    install.install_program(files)
+    done = subprocess.run([sys.executable, "-I", "-S", str(library / "agent" / "start.py"), "/nowhere/agent.json"], capture_output=True,
+                          text=True, timeout=60, check=False, cwd="/")
+    assert done.returncode == 1 and "/nowhere/agent.json is not there; run the playbook enable" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_program_changes_in_one_step_and_old_ones_go(library):
+    files = install.program_files(install.source_of)
+    install.install_program(files)
+    first = install.linked()
+    assert first == install.folder_of(files) and install.is_complete(first, files)
+    changed = dict(files, **{"start.py": files["start.py"] + "# new\n"})
+    assert install.folder_of(changed) != first
+    install.install_program(changed)
+    assert install.linked() == install.folder_of(changed) and not os.path.exists(first)
+    assert sorted(os.listdir(library)) == ["agent", os.path.basename(install.folder_of(changed))]
+
+
+def test_a_damaged_program_is_written_again(library):
+    files = install.program_files(install.source_of)
+    install.install_program(files)
+    path = os.path.join(install.linked(), "start.py")
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write("# somebody was here\n")
+    steps = install.plan_present("{}\n", None, "/usr/bin/python3", False, [], files)
+    assert {"op": "install_program", "path": install.folder_of(files)} in steps
+    install.install_program(files)
+    assert install.is_complete(install.linked(), files)
+
+
+def test_imports():
+    source = ("import json\nfrom %s import _mesh, _wg as other\nfrom %s._system import (\n    System,\n)\nfrom ansible.x import y\n"
+              "def f():\n    from %s import _late\n" % ((install.PACKAGE,) * 3))
+    assert install.imports_of(source) == {"_mesh", "_wg", "_system", "_late"}
+
+
+def test_digest_tells_names_and_contents_apart():
+    assert len({install.digest(files) for files in ({"a": "bc"}, {"ab": "c"}, {"a": "b", "c": ""}, {"a": "bd"}, {})}) == 5
+
+
+def test_unit():
+    own, root = (install.unit_text("/usr/bin/python3", as_root, ["wg-quick@wgmesh0.service"]) for as_root in (False, True))
+    assert "User=kubemesh-agent\n" in own and "AmbientCapabilities=CAP_NET_ADMIN\n" in own and "User=" not in root
+    for text in (own, root):
+        assert "CapabilityBoundingSet=CAP_NET_ADMIN\n" in text and "NoNewPrivileges=yes\n" in text and "ProtectSystem=strict\n" in text
+        assert "Type=notify\n" in text and "WatchdogSec=" in text and "MemoryMax=" in text
+
+
+def test_the_token_is_in_no_step(library, monkeypatch, tmp_path):
+    monkeypatch.setattr(install, "TOKEN_FILE", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("old-secret\n")
+    files = {"start.py": ""}
+    steps = install.plan_present("{}\n", "new-secret", "/usr/bin/python3", False, [], files)
+    assert {"op": "write_token", "path": str(tmp_path / "token")} in steps
+    assert "secret" not in repr(steps)
+    assert not [step for step in install.plan_present("{}\n", "old-secret", "/p", False, [], files) if step["op"] == "write_token"]
+    assert not [step for step in install.plan_present("{}\n", None, "/p", False, [], files) if step["op"] == "write_token"]

@@ -1,0 +1,389 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+
+import pytest
+
+hypothesis = pytest.importorskip("hypothesis")
+pytest.importorskip("jmespath")
+pytest.importorskip("netaddr")
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import documents
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _routes_plan, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+
+KEY0 = "kubemesh.wireguard/public-key-0"
+CONFIG = {
+    "node": "w1", "server": "https://192.0.2.1:6443", "ca_file": None, "token_file": "/t", "interface": "wgmesh", "table": 51840,
+    "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": ["10.96.0.0/12"], "grace": 60,
+    "document_file": "/d", "boot_folder": "/b", "lock_file": "/l", "runtime": "/r", "state": "/s", "metrics_file": "/m"}
+NOTHING = {"annotations": {}, "kept": {"pod_cidrs": [], "node_addresses": []}}
+
+
+def entry(number, **other):
+    found = documents.entry(number, uid="uid-%d" % number, **other)
+    return dict(found, endpoints={"ipv4": {"address": "198.18.0.1%d" % number, "port": None},
+                                  "ipv6": {"address": "2001:db8::%x" % number, "port": None}}, **other)
+
+
+def document(*numbers, **changes):
+    nodes = {"w%d" % number: entry(number) for number in numbers}
+    for name, change in changes.items():
+        nodes[name] = dict(nodes[name], **change)
+    return documents.document(nodes)
+
+
+def node(number, name=None, annotations=None, **changes):
+    """The Node object of an entry."""
+    found = dict(entry(number), **changes)
+    return {"metadata": {"name": name or "w%d" % number, "uid": found["uid"],
+                         "annotations": {KEY0: documents.key(number)} if annotations is None else annotations},
+            "spec": {"podCIDRs": found["pod_cidrs"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": address} for address in found["node_addresses"]]}}
+
+
+def roster(*nodes):
+    found, dummy = plan.listed(plan.empty_roster(), {item["metadata"]["name"]: plan.reduced(item) for item in nodes})
+    return found
+
+
+def following(previous, found, now=0.0, remembered=None, **config):
+    config = dict(CONFIG, **config)
+    found = plan.note_missing(found, previous, config["node"], found.get("noted", now))
+    return plan.next_document(previous, found, remembered or plan.adopt(previous, found), config, now)
+
+
+# --- the same as the controller's ------------------------------------------------------------------------------------------------------
+
+TEXTS = st.sampled_from(["", "false", "10.244.1.0/24", "198.18.0.1", "InternalIP", "{{ 7 }}"])
+VALUES = st.none() | st.booleans() | st.integers(0, 1) | TEXTS
+ANYTHING = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+
+
+@given(st.fixed_dictionaries({}, optional={
+    "kind": st.sampled_from(["Node", "Pod"]),
+    "metadata": ANYTHING | st.fixed_dictionaries({}, optional={
+        "name": st.sampled_from(["w1", "W 1"]) | ANYTHING, "uid": ANYTHING, "labels": ANYTHING | st.dictionaries(
+            st.just("kubernetes.io/os"), st.sampled_from(["linux", "windows"])),
+        "annotations": ANYTHING | st.dictionaries(st.sampled_from([KEY0, "kubemesh.wireguard/excluded"]), ANYTHING)}),
+    "spec": ANYTHING | st.fixed_dictionaries({}, optional={"podCIDR": ANYTHING, "podCIDRs": ANYTHING | st.just([])}),
+    "status": ANYTHING | st.fixed_dictionaries({}, optional={"addresses": ANYTHING | st.lists(ANYTHING | st.fixed_dictionaries(
+        {}, optional={"type": st.just("InternalIP") | ANYTHING, "address": ANYTHING}), max_size=3)}),
+}))
+def test_candidates_are_those_of_the_queries(item):
+    """Without jmespath a Node object is read as with it."""
+    found, problems = _membership.nodes_from_k8s([item])
+    candidate, own_problems = _membership.plain_candidate(item)
+    assert ([candidate] if candidate else [], own_problems) == (found, problems)
+
+
+@given(st.lists(st.integers(2, 9), unique=True, max_size=5), st.lists(st.integers(2, 9), unique=True, max_size=5), st.booleans())
+def test_documents_are_those_of_the_controller(before, after, again):
+    """After the grace, the agent's document is what a run makes of the same list, but for the serial."""
+    previous = document(1, *before)
+    items = [node(1)] + [node(number, **({"uid": "uid-again"} if again and number == after[0] else {})) for number in after]
+    found = plan.note_missing(roster(*items), previous, "w1", 0.0)
+    own, dummy = plan.next_document(previous, found, plan.adopt(previous, found), CONFIG, 60.0)
+    candidates, problems = _membership.nodes_from_k8s(items)
+    theirs, dummy = _membership.build_document(candidates, {}, previous, {"complete": True})
+    assert not problems and own["nodes"] == {
+        name: dict(value, mtu=own["nodes"][name]["mtu"]) for name, value in theirs["nodes"].items()}
+
+
+def test_overlaps_are_found_without_netaddr():
+    prefixes = [("10.0.0.0/8", ("a", "pod CIDR")), ("10.1.0.0/16", ("b", "pod CIDR")), ("10.1.0.1/32", ("b", "endpoint")),
+                ("10.1.0.1/32", ("b", "node address")), ("10.0.0.0/9", ("", "service CIDR"))]
+    plain = {text.split(":")[0] for text in _membership.plain_overlap_problems(prefixes)}
+    assert plain == {text.split(":")[0] for text in _membership.overlap_problems(prefixes)} and plain
+
+
+# --- the list --------------------------------------------------------------------------------------------------------------------------
+
+def test_status_updates_are_no_news():
+    found = roster(node(1), node(2))
+    item = node(2)
+    item["status"]["conditions"] = [{"lastHeartbeatTime": "now"}]
+    item["metadata"]["resourceVersion"] = "12345"
+    assert plan.happened(found, "w2", plan.reduced(item)) == (found, False)
+    assert plan.happened(found, "w2", plan.reduced(node(2, pod_cidrs=["10.244.77.0/24"])))[1]
+    assert plan.happened(found, "w3", None) == (found, False)
+
+
+@pytest.mark.parametrize("listing, trusted", [({}, False), ({"w2": 1}, False), ({"w1": 1}, True)])
+def test_lists_that_are_not_believed(listing, trusted):
+    assert bool(plan.distrust(listing, "w1")) != trusted
+
+
+@pytest.mark.parametrize("item", [{}, {"metadata": None}, {"metadata": {"name": "x" * 300}}, {"metadata": {"name": ["w1"]}, "spec": 7},
+                                  {"metadata": {"name": "w1"}, "status": {"addresses": [{"type": "InternalIP", "address": "{{ 7 }}"}]}}])
+def test_what_a_cluster_can_hold_is_never_an_exception(item):
+    candidate, problems = plan.reduced(item)
+    assert problems or candidate
+
+
+# --- who may go ------------------------------------------------------------------------------------------------------------------------
+
+def test_gone_after_the_grace_of_a_complete_list_only():
+    previous = document(1, 2)
+    found = plan.note_missing(roster(node(1)), previous, "w1", 100.0)
+    assert plan.gone(found, 60, 159.9) == set() and plan.gone(found, 60, 160.0) == {"w2"} and plan.next_gone(found, 60) == 160.0
+    # it is not counted while nobody knows, and counted anew afterwards
+    away = plan.lost(found)
+    assert plan.note_missing(away, previous, "w1", 150.0)["missing"] == {}
+    back = plan.note_missing(dict(away, complete=True), previous, "w1", 155.0)
+    assert plan.gone(back, 60, 200.0) == set() and plan.gone(back, 60, 215.0) == {"w2"}
+
+
+def test_own_node_and_unreadable_nodes_are_never_missing():
+    previous = document(1, 2)
+    bad = node(2)
+    bad["spec"]["podCIDRs"] = ["nonsense"]
+    found = plan.note_missing(roster(bad), previous, "w1", 0.0)
+    assert found["missing"] == {}
+    after, texts = plan.next_document(previous, found, NOTHING, CONFIG, 1e9)
+    assert after["nodes"]["w2"] == previous["nodes"]["w2"] and any("nonsense" in text for text in texts)
+
+
+def test_missing_stays_until_the_grace_is_over():
+    previous = document(1, 2, 3)
+    found = plan.note_missing(roster(node(1), node(2)), previous, "w1", 0.0)
+    remembered = plan.adopt(previous, found)
+    assert plan.next_document(previous, found, remembered, CONFIG, 59.0)[0]["nodes"] == previous["nodes"]
+    assert set(plan.next_document(previous, found, remembered, CONFIG, 60.0)[0]["nodes"]) == {"w1", "w2"}
+
+
+@pytest.mark.parametrize("change", [{"pod_cidrs": ["10.244.3.0/24"]}, {"node_addresses": ["198.18.0.13"]}])
+def test_missing_makes_room_at_once(change):
+    previous = document(1, 3)
+    new = node(5, name="w5", **change)
+    after, texts = following(previous, roster(node(1), new), 0.0)
+    assert set(after["nodes"]) == {"w1", "w5"} and after["nodes"]["w5"]["state"] == "member" and texts == []
+
+
+def test_an_entry_that_is_set_by_a_person_stays():
+    previous = document(1, 2, w2={"pod_cidrs": ["172.16.0.0/24"], "keepalive": 25, "endpoints": {}, "node_addresses": ["198.18.9.9"]})
+    found = roster(node(1), node(2))
+    after, dummy = following(previous, found)
+    assert after["nodes"] == previous["nodes"]
+    # also while its Node is missing
+    after, dummy = following(previous, roster(node(1)))
+    assert after["nodes"] == previous["nodes"]
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------------------------
+
+def test_annotations_count_where_they_are_news():
+    previous = document(1, 2)
+    old = roster(node(1), node(2, annotations={KEY0: documents.key(7)}))
+    remembered = plan.adopt(previous, old)
+    # it was there beside the document of the run, which knew better
+    assert plan.next_document(previous, old, remembered, CONFIG, 0.0)[0]["nodes"]["w2"]["public_keys"] == {"0": documents.key(2)}
+    new = roster(node(1), node(2, annotations={KEY0: documents.key(8)}))
+    after, texts = plan.next_document(previous, new, remembered, CONFIG, 0.0)
+    assert after["nodes"]["w2"]["public_keys"] == {"0": documents.key(8)} and "is now" in texts[0]
+
+
+def test_a_new_node_object_has_the_key_of_its_annotation():
+    previous = document(1, 2)
+    found = roster(node(1), node(2, uid="uid-again", annotations={KEY0: documents.key(8)}))
+    assert following(previous, found)[0]["nodes"]["w2"]["public_keys"] == {"0": documents.key(8)}
+
+
+def test_nobody_tells_a_node_its_own_key():
+    previous = document(1, 2)
+    found = roster(node(1, uid="uid-again", annotations={KEY0: documents.key(8)}), node(2))
+    assert following(previous, found)[0]["nodes"]["w1"]["public_keys"] == {"0": documents.key(1)}
+
+
+@pytest.mark.parametrize("text", ["{{ lookup('pipe', 'id') }}", "", "A" * 44, 7, None])
+def test_an_annotation_that_is_no_key_is_told_and_ignored(text):
+    after, dummy = following(document(1), roster(node(1), node(2, annotations={KEY0: text})))
+    assert after["nodes"]["w2"]["public_keys"] == {} and after["nodes"]["w2"]["state"] == "pending"
+
+
+@pytest.mark.parametrize("bad", [node(5, annotations={KEY0: documents.key(2)}), node(5, pod_cidrs=["10.244.1.0/25"]),
+                                 node(5, node_addresses=["198.18.0.12"]), node(5, pod_cidrs=["10.96.1.0/24"])])
+def test_one_bad_node_does_not_stop_the_others(bad):
+    previous = document(1, 2)
+    after, texts = following(previous, roster(node(1), node(2), bad, node(3)))
+    assert set(after["nodes"]) == {"w1", "w2", "w3"} and texts
+
+
+def test_a_node_that_turns_bad_stays_as_it_was():
+    previous = document(1, 2, 3)
+    after, texts = following(previous, roster(node(1), node(2), node(3, uid="again", pod_cidrs=["10.244.1.0/24"])))
+    assert after["nodes"] == previous["nodes"] and texts
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------------------------
+
+def device(doc):
+    """A device that is as a document says, for w1."""
+    return _wg_plan.apply_steps(dict(_wg_plan.empty_state("wgmesh0"), public_key=documents.key(1), listen_port=51840, fwmark=4096),
+                                [dict(peer, op="add_peer", public_key=key) for key, peer in _mesh.peers_of(doc, "w1", 0).items()])
+
+
+LINK = {"kind": "wireguard", "mtu": 1420, "up": True, "addrgenmode": "none", "addresses": []}
+
+
+def link_of(doc):
+    return dict(LINK, addresses=_mesh.device_addresses(doc, "w1", 0))
+
+
+@given(st.lists(st.integers(2, 7), unique=True, max_size=4), st.lists(st.integers(2, 7), unique=True, max_size=4))
+def test_device_reaches_the_document(before, after):
+    old, new = document(1, *before), document(1, *after)
+    state = device(old)
+    links, first, last = plan.plan_device(state, link_of(old), new, old, CONFIG, True)
+    assert links == [] and {step["op"] for step in last} <= {"remove_peer", "remove_allowed_ips"}
+    reached = _wg_plan.apply_steps(state, first + last)
+    assert reached["peers"].keys() == {documents.key(number) for number in after}
+    assert plan.plan_device(reached, link_of(new), new, new, CONFIG, True) == ([], [], [])
+
+
+def test_peers_of_unknown_owner_stay_while_a_key_is_unknown():
+    old = document(1, 2, 3)
+    new = document(1, 2, 4, w4={"state": "pending", "reason": "no public key known yet", "public_keys": {}, "probe_addresses": {}})
+    state = device(document(1, 2, 3, 5))
+    dummy, dummy2, last = plan.plan_device(state, link_of(old), new, old, CONFIG, True)
+    # w3 was known and is gone; nobody knows whose the key of 5 is, it may be that of w4
+    assert last == [{"op": "remove_peer", "public_key": documents.key(3)}]
+
+
+def test_preshared_keys_are_left_to_runs():
+    old, new = document(1, 2), document(1, 2, 3, w2={"keepalive": 0, "pod_cidrs": ["10.244.2.0/24", "10.244.99.0/24"]})
+    state = device(old)
+    state["peers"][documents.key(2)]["has_preshared_key"] = True
+    dummy, first, last = plan.plan_device(state, link_of(old), new, old, CONFIG, True)
+    assert [step["op"] for step in first] == ["add_allowed_ips"] and [step["op"] for step in last] == ["remove_allowed_ips"]
+
+
+@pytest.mark.parametrize("change, key, text", [
+    ({}, documents.key(1), ""), ({}, None, "no mesh device"), ({}, documents.key(9), "another key"),
+    ({"state": "excluded", "reason": "r", "public_keys": {}, "probe_addresses": {}, "endpoints": {}}, documents.key(1), "excluded"),
+    ({"public_keys": {"0": documents.key(1), "1": documents.key(9)}, "probe_addresses": {
+        "0": _mesh.probe_address(documents.key(1)), "1": _mesh.probe_address(documents.key(9))}}, documents.key(1), "rotation")])
+def test_what_is_in_the_way(change, key, text):
+    found = plan.hindrance(document(1, 2, w1=change), "w1", key)
+    assert (text in found) if text else not found
+    assert "not in the mesh document" in plan.hindrance(document(2), "w1", key)
+
+
+def routes_of(doc, proven, present=()):
+    settings = plan.route_settings(CONFIG, "wgmesh0", [{"not_fwmark": 0}])
+    return _routes_plan.wanted_state(doc, "w1", settings, proven, present)
+
+
+def test_routes_stay_only_with_the_same_peer_and_key():
+    old = document(1, 2, 3)
+    current = routes_of(old, None)
+    new = document(1, 2, 3, w3={"public_keys": {"0": documents.key(8)}, "probe_addresses": {"0": _mesh.probe_address(documents.key(8))}})
+    present = plan.routed_now(current["routes"], old, new, "w1", 51840)
+    assert {route["peer"] for route in present} == {"w2"}
+    assert {route["peer"] for route in routes_of(new, set(), present)["routes"]} == {"w2"}
+    assert plan.routed_now(current["routes"], None, new, "w1", 51840) == []
+
+
+def test_a_prefix_that_changes_hands_loses_its_route_before_the_device_changes():
+    old = document(1, 2, 3)
+    new = document(1, 2, 4, w4={"pod_cidrs": ["10.244.3.0/24"]})
+    current = routes_of(old, None)
+    dummy, first, dummy2 = plan.plan_device(device(old), link_of(old), new, old, CONFIG, True)
+    moved = plan.moved_prefixes(device(old), first)
+    assert "10.244.3.0/24" in moved
+    unproven = routes_of(new, {"w2"}, plan.routed_now(current["routes"], old, new, "w1", 51840))
+    assert [step["route"]["dst"] for step in plan.early_removals(current, unproven, moved)] == ["10.244.3.0/24"]
+    # a peer that was proven before keeps its traffic in the tunnel
+    proven = routes_of(new, {"w2", "w4"}, [])
+    assert plan.early_removals(current, proven, moved) == []
+
+
+def test_what_a_node_sends_is_what_its_last_run_wrote_down():
+    rules = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes"))
+    text = _routes_plan.rules_text({"rules": rules}, "ipv4")
+    read = _routes_plan.rules_of_batch(text, "ipv4")
+    assert read == [rule for rule in rules if rule["family"] == "ipv4"]
+    assert plan.route_settings(CONFIG, "wgmesh0", read)["encrypt"] == "nodes"
+    assert plan.route_settings(CONFIG, "wgmesh0", read[:1])["encrypt"] == "pods"
+    assert not plan.route_settings(CONFIG, "wgmesh0", [])["send"]
+
+
+@given(st.text(max_size=60))
+def test_rules_of_a_file_that_is_none(text):
+    assert _routes_plan.rules_of_batch("rule add " + text, "ipv4") == [] or "lookup" in text
+
+
+# --- what is kept and told -------------------------------------------------------------------------------------------------------------
+
+def test_settles_after_a_pause_and_at_the_latest():
+    assert plan.settle_at(0.0, 0.0) == plan.SETTLE and plan.settle_at(0.0, 10.0) == plan.SETTLE_LONGEST
+
+
+def test_memory():
+    doc = document(1, 2)
+    text = plan.memory_text("sum", doc, NOTHING)
+    assert plan.parse_memory(text, "sum") == (doc, NOTHING)
+    assert plan.parse_memory(plan.memory_text("sum", doc, None), "sum") == (doc, None)
+    for damaged in (text[:-20], "", "[]", text.replace("10.244.1.0/24", "10.244.1.7/24"), text.replace('"kept"', '"k"')):
+        assert plan.parse_memory(damaged, "sum") == (None, None)
+    assert plan.parse_memory(text, "another") == (None, None)
+
+
+def test_config():
+    assert plan.parse_config(plan.config_text(CONFIG)) == CONFIG
+    for change in ({"grace": -1}, {"node": "W 1"}, {"interface": "x" * 15}, {"table": 254}, {"table": True}, {"extra": 1}, {"server": 1}):
+        with pytest.raises(MeshError):
+            plan.parse_config(plan.config_text(dict(CONFIG, **change)))
+    with pytest.raises(MeshError, match="not JSON"):
+        plan.parse_config("{")
+
+
+def summary(**other):
+    found = plan.state_of(document(1, 2), "watching", "", ["a warning"], 0.1, {"w2"}, "", {"events": 1}, 1000.0)
+    return dict(found, base="sum", **other)
+
+
+def test_state_is_read_and_judged():
+    state = summary()
+    assert plan.parse_state(json.dumps(state)) == state
+    for damaged in ({"time": "x"}, {"warnings": [1]}, {"warnings": ["x"] * 100}, {"api": None}, {"more": 1}):
+        assert plan.parse_state(json.dumps(dict(state, **damaged))) is None
+    assert plan.state_warnings(state, True, 1010.0) == ["the node agent: a warning"]
+    assert "does not run" in plan.state_warnings(state, False, 1010.0)[0]
+    assert "has said nothing for" in plan.state_warnings(state, True, 5000.0)[0]
+    assert "does nothing: X" in plan.state_warnings(dict(state, hindrance="X"), True, 1000.0)[0]
+    assert "not know what changes in the cluster: Y" in plan.state_warnings(dict(state, api="Y"), True, 1000.0)[0]
+
+
+def test_metrics():
+    rows = [{"name": "w2", "public_key": documents.key(2), "handshake_age": None, "rx_bytes": 5, "tx_bytes": 10 ** 12,
+             "state": "encrypted"},
+            {"name": "(unknown)", "public_key": documents.key(3), "handshake_age": 7, "rx_bytes": 0, "tx_bytes": 0, "state": "unknown"}]
+    lines = plan.metrics_text(rows, summary()).splitlines()
+    assert 'kubemesh_peer_transmit_bytes_total{peer="w2"} 1000000000000' in lines
+    assert 'kubemesh_peer_encrypted{peer="w2"} 1' in lines and 'kubemesh_peer_encrypted{peer="unknown DDDDDDDD"} 0' in lines
+    assert 'kubemesh_peer_handshake_age_seconds{peer="unknown DDDDDDDD"} 7' in lines
+    assert not any(line.startswith('kubemesh_peer_handshake_age_seconds{peer="w2"}') for line in lines)
+    assert "kubemesh_agent_lag_seconds 0.1" in lines and "kubemesh_agent_api_up 1" in lines
+    assert len({line.split("{")[0] for line in lines if line.startswith("# TYPE")}) == len([x for x in lines if x.startswith("# TYPE")])
+
+
+def test_inputs_stay_as_they_are():
+    previous, found = document(1, 2, 3), roster(node(1), node(2, pod_cidrs=["10.244.50.0/24"]))
+    copies = copy.deepcopy((previous, found))
+    following(previous, found)
+    assert (previous, found) == copies
