@@ -200,19 +200,13 @@ def _with_news(candidate, entry, own, remembered):
         known = remembered["annotations"].get(candidate["name"], {})
         keys = {generation: text for generation, text in keys.items()
                 if generation not in entry["public_keys"] or known.get(generation) != text}
-    return dict(candidate, annotation_keys=keys, endpoints=_endpoints(entry))
-
-
-def _endpoints(entry):
-    """Endpoints of a candidate: none where a person said that there are none (NAT); None, which is "as before, or the addresses", else."""
-    told = entry is not None and entry["state"] != "excluded" and entry["node_addresses"] and not entry["endpoints"]
-    return [] if told else None
+    return dict(candidate, annotation_keys=keys)
 
 
 def _from_entry(name, entry):
     """The candidate of a node that the API does not show (now), as the document has it."""
     return {"name": name, "uid": entry["uid"], "excluded": entry["reason"] if entry["state"] == "excluded" else "",
-            "pod_cidrs": entry["pod_cidrs"], "node_addresses": entry["node_addresses"], "endpoints": _endpoints(entry),
+            "pod_cidrs": entry["pod_cidrs"], "node_addresses": entry["node_addresses"], "endpoints": None,
             "annotation_keys": {}}
 
 
