@@ -239,6 +239,16 @@ def unit_core_2_19(context):
     return pytest(context, "tests/unit", pythonpath=[tree(context).parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others})
 
 
+@check("unit", timeout=240, name="event-source")
+def event_source(context):
+    """The event source for Event-Driven Ansible against an API server, with all its faults; and that ansible-doc can read it."""
+    env = environment(context)
+    plugins = prepare.REPOSITORY / "extensions" / "eda" / "plugins" / "event_source"
+    for path in sorted(plugins.glob("*.py")):
+        context.run([tool(context, "ansible-doc"), "-M", plugins, path.stem], env=env)
+    return pytest(context, TESTS / "eda" / "test_event_source.py")
+
+
 @check("kernel", timeout=1500)
 def kernel(context):
     """The modules with the kernel's WireGuard, in an emulated machine."""
@@ -434,6 +444,14 @@ def lab_variants(context):
 def lab_change(context):
     """What changes while a mesh is in use, strict mode, hosts and batches that fail, and controllers that are killed."""
     return lab_tests(context, "lab-change")
+
+
+@check("eda", timeout=600, cores=2)
+def rulebook(context):
+    """ansible-rulebook with the rulebooks, the event source, the inventory plugin and the playbook as installed."""
+    venv = once(context, "eda", prepare.venv_eda)
+    env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
+    return pytest(context, TESTS / "eda" / "test_rulebook.py", venv=venv, env=env)
 
 
 @check("molecule", timeout=600, cores=2)
