@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -100,22 +101,23 @@ def rulebook(api, tmp_path):
         assert TOKEN not in each.output
 
 
+def run_with(run, *names):
+    """Read on to the run whose hosts are these; what a run that failed has written is shown twice."""
+    found = None
+    while found != set(names):
+        run.until("PLAY [Bring what changed in the cluster to every node]")
+        found = set(re.findall(r"fatal: \[(.*?)\]: UNREACHABLE!", run.until("PLAY RECAP")))
+
+
 def test_a_node_that_joins_is_in_the_next_run(api, rulebook):
-    """The shipped rulebook: event, run of the real playbook, the new node among its hosts."""
+    """The shipped rulebook: event, run of the real playbook, the new node among its hosts. Runs that fail do not stop it."""
     run = rulebook("kubemesh.wireguard.reconcile")
-    run.until("PLAY [Bring what changed in the cluster to every node]")
-    first = run.until("PLAY RECAP")
-    assert "w1" in first
-    assert "w3" not in first
+    run_with(run, "w1", "w2")
     api.heartbeat()
     api.apply("nodes", node(3))
-    run.until("PLAY [Bring what changed in the cluster to every node]")
-    second = run.until("PLAY RECAP")
-    assert "fatal: [w3]: UNREACHABLE!" in second
-    # A run that failed is made up for, and the source has gone on.
+    run_with(run, "w1", "w2", "w3")
     api.delete("nodes", "w3")
-    run.until("PLAY [Bring what changed in the cluster to every node]")
-    assert "w3" not in run.until("PLAY RECAP")
+    run_with(run, "w1", "w2")
 
 
 def test_resync(api, rulebook, tmp_path):
@@ -146,10 +148,11 @@ class Controller(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path.endswith("/config/"):
             self._answer(200, {"version": "24.6.1"})
-        elif path.endswith("/unified_job_templates/") or path.endswith("/job_templates/"):
-            template = {"id": 7, "type": "job_template", "name": "kubemesh reconcile", "related": {"launch": "/api/v2/job_templates/7/launch/"},
-                        "url": "/api/v2/job_templates/7/", "ask_variables_on_launch": True, "ask_limit_on_launch": True,
-                        "ask_inventory_on_launch": False, "summary_fields": {"organization": {"id": 1, "name": "Default"}}}
+        elif path.endswith("/unified_job_templates/"):
+            template = {"id": 7, "type": "job_template", "name": "kubemesh reconcile", "url": "/api/v2/job_templates/7/",
+                        "related": {"launch": "/api/v2/job_templates/7/launch/"}, "ask_variables_on_launch": True,
+                        "ask_limit_on_launch": True, "ask_labels_on_launch": False, "ask_inventory_on_launch": False,
+                        "summary_fields": {"organization": {"id": 1, "name": "Default"}}}
             self._answer(200, {"count": 1, "next": None, "results": [template]})
         else:
             self._answer(200, {"id": 9, "status": "successful", "artifacts": {}, "created": "2026-11-23T00:00:00Z", "name": "x",

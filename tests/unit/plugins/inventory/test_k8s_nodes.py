@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(HERE, "..", "..", "..", "api")))
 import apiserver
 
 TOKEN = "s3cr3t-t0ken"
-EXAMPLES = list(yaml.safe_load_all(k8s_nodes.EXAMPLES))
+SHIPPED = list(yaml.safe_load_all(k8s_nodes.EXAMPLES))
 
 
 @pytest.mark.parametrize("name,fits", [
@@ -64,15 +64,16 @@ def ansible(api, tmp_path):
 
     def run(config=None, program="inventory", *options, **environ):
         path = tmp_path / "test.k8s_nodes.yml"
-        path.write_text(json.dumps(dict({"plugin": "kubemesh.wireguard.k8s_nodes", "kubeconfig": str(tmp_path / "kubeconfig")}, **config or {})))
+        path.write_text(json.dumps(dict(
+            {"plugin": "kubemesh.wireguard.k8s_nodes", "kubeconfig": str(tmp_path / "kubeconfig")}, **config or {})))
         env = {name: value for name, value in os.environ.items()
                if not name.startswith("K8S_AUTH_") and name not in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST")}
-        env.update(ANSIBLE_COLLECTIONS_PATH=os.pathsep.join([COLLECTIONS, others]), ANSIBLE_LOCAL_TEMP=str(tmp_path / "local"), HOME=str(home),
-                   ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED="1", ANSIBLE_LOCALHOST_WARNING="0",
+        env.update(ANSIBLE_COLLECTIONS_PATH=os.pathsep.join([COLLECTIONS, others]), ANSIBLE_LOCAL_TEMP=str(tmp_path / "local"),
+                   HOME=str(home), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED="1", ANSIBLE_LOCALHOST_WARNING="0",
                    # what kubernetes.core keeps of a server's discovery: the port of another test's server may be this one's
                    TMPDIR=str(tmp_path), **environ)
-        done = subprocess.run([sys.executable, "-m", "ansible.cli.%s" % program, "-i", str(path), *(options or ["--list"])], env=env, cwd=str(tmp_path),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run([sys.executable, "-m", "ansible.cli.%s" % program, "-i", str(path), *(options or ["--list"])],
+                              env=env, cwd=str(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         assert TOKEN not in done.stdout + done.stderr
         return done.returncode, done.stdout, " ".join(done.stderr.split())
 
@@ -122,7 +123,7 @@ class TestInventory:
     def test_addresses(self, inventory, api):
         api.patch("nodes", "worker-1", {"metadata": {"annotations": {"example.org/ssh-address": "203.0.113.7"}}})
         api.patch("nodes", "worker-2", {"metadata": {"annotations": {"example.org/ssh-address": "-oProxyCommand=touch"}}})
-        dummy, hostvars = inventory({"address_query": EXAMPLES[2]["address_query"]})
+        dummy, hostvars = inventory({"address_query": SHIPPED[2]["address_query"]})
         assert hostvars["worker-1"]["ansible_host"] == "203.0.113.7"
         assert "ansible_host" not in hostvars["worker-2"]
         dummy, hostvars = inventory({"address_family": "ipv6"})
@@ -142,7 +143,8 @@ class TestInventory:
         assert [request["code"] for request in api.requests if request["verb"] == "list"] == [200, 410, 200]
 
     def test_cache(self, inventory, ansible, api, tmp_path):
-        config = {"cache": True, "cache_plugin": "ansible.builtin.jsonfile", "cache_connection": str(tmp_path / "cache"), "cache_timeout": 600}
+        config = {"cache": True, "cache_plugin": "ansible.builtin.jsonfile", "cache_connection": str(tmp_path / "cache"),
+                  "cache_timeout": 600}
         before = inventory(config)
         api.delete("nodes", "worker-1")
         assert inventory(config) == before
@@ -156,7 +158,7 @@ class TestInventory:
     def test_examples(self, inventory, api, tmp_path):
         """They run as they are, but for where the API is."""
         kubeconfig = str(tmp_path / "kubeconfig")
-        for example in EXAMPLES:
+        for example in SHIPPED:
             example = dict(example)
             more = {"kubeconfig": kubeconfig, "context": "test"}
             if "host" in example:

@@ -20,8 +20,8 @@ NODES_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
-fields = st.sampled_from(["name", "uid", "labels", "annotations", "podCIDRs", "podCIDR", "taints", "unschedulable", "addresses", "conditions",
-                          "nodeInfo", "managedFields", "images", "type", "address", "status"])
+fields = st.sampled_from(["name", "uid", "labels", "annotations", "podCIDRs", "podCIDR", "taints", "unschedulable", "addresses",
+                          "conditions", "nodeInfo", "managedFields", "images", "type", "address", "status"])
 
 
 @pytest.fixture
@@ -55,8 +55,10 @@ def test_groups(nodes):
 
 
 def test_a_node_that_has_just_joined():
-    facts = _node_hosts.node_facts({"metadata": {"name": "w1", "labels": {"kubernetes.io/os": "windows", "kubernetes.io/arch": "amd64"}}})
-    assert (facts["os"], facts["architecture"], facts["ready"], facts["pod_cidrs"], facts["addresses"]) == ("windows", "amd64", False, [], {})
+    labels = {"kubernetes.io/os": "windows", "kubernetes.io/arch": "amd64"}
+    facts = _node_hosts.node_facts({"metadata": {"name": "w1", "labels": labels}})
+    assert (facts["os"], facts["architecture"], facts["ready"]) == ("windows", "amd64", False)
+    assert (facts["pod_cidrs"], facts["addresses"]) == ([], {})
 
 
 def test_trimmed(nodes):
