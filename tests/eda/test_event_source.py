@@ -649,4 +649,3 @@ class TestAnswers:
         gone = (recorded / "watch-410-in-stream.http").read_text().splitlines()[-1]
         with pytest.raises(source.Gone):
             source.parse_event(gone)
-

@@ -793,6 +793,8 @@ class Source:
         self.schedule = Schedule(*(settings[name] for name in ("settle", "settle_max", "min_interval", "resync")))
         self.wake = asyncio.Event()
         self.clock = asyncio.get_running_loop().time
+        self.version = None  # of the last list or event; None: list again
+        self.failures = 0  # in a row
         self.said = (None, 0.0)
 
     async def run(self):
@@ -828,44 +830,49 @@ class Source:
 
     async def follow(self):
         """Keep the view as the API says, whatever happens to the API."""
-        version, failures = None, 0
         while True:
-            try:
-                # All of it again each time: tokens and certificates are renewed, kubeconfigs are replaced.
-                connection = find_connection(self.settings, os.environ, os.path.expanduser("~"))
-                async with Api(connection, self.settings) as api:
-                    if version is None:
-                        items, listed = await api.list_nodes()
-                        self.note(self.view.replace(items))
-                        version = listed
-                    self.schedule.reach(self.clock())
-                    self.wake.set()
-                    began, heard = self.clock(), False
-                    async with contextlib.aclosing(api.watch(version)) as events:
-                        async for kind, item in events:
-                            if kind == "OPEN":
-                                self.recovered()
-                                continue
-                            heard, failures = True, 0
-                            if kind != "BOOKMARK":
-                                self.note(self.view.apply(kind, item))
-                            version = version_of(item)
-                    if not heard and self.clock() - began < WATCH_MIN:
-                        raise SourceError("the API server %s ends watches at once" % connection.server)
-                    failures = 0
-                    continue
-            except Gone as exc:
-                version, trouble, wait = None, exc, 0.0
-            except SourceError as exc:
-                version, trouble, wait = None, exc, exc.retry_after
-            except (aiohttp.ClientError, OSError) as exc:
-                version, wait = None, 0.0
-                trouble = connection_error(exc, connection)
-            failures += 1
-            if not (isinstance(trouble, Gone) and failures == 1):
-                self.schedule.lose()
-                self.complain(trouble)
-                await asyncio.sleep(max(wait, backoff(failures, random.random())))  # noqa: S311
+            trouble = await self.attempt()
+            if trouble is None:
+                self.failures = 0
+                continue
+            self.version = None  # after any trouble, the list says what was missed
+            self.failures += 1
+            if isinstance(trouble, Gone) and self.failures == 1:
+                continue
+            self.schedule.lose()
+            self.complain(trouble)
+            await asyncio.sleep(max(trouble.retry_after, backoff(self.failures, random.random())))  # noqa: S311
+
+    async def attempt(self):
+        """List, unless what is known can be gone on with, and watch. Returns when the watch has ended: None, or what went wrong."""
+        connection = None
+        try:
+            # All of it again each time: tokens and certificates are renewed, kubeconfigs are replaced.
+            connection = find_connection(self.settings, os.environ, os.path.expanduser("~"))
+            async with Api(connection, self.settings) as api:
+                if self.version is None:
+                    items, version = await api.list_nodes()
+                    self.note(self.view.replace(items))
+                    self.version = version
+                self.schedule.reach(self.clock())
+                self.wake.set()
+                began, heard = self.clock(), False
+                async with contextlib.aclosing(api.watch(self.version)) as events:
+                    async for kind, item in events:
+                        if kind == "OPEN":
+                            self.recovered()
+                            continue
+                        heard, self.failures = True, 0
+                        if kind != "BOOKMARK":
+                            self.note(self.view.apply(kind, item))
+                        self.version = version_of(item)
+                if not heard and self.clock() - began < WATCH_MIN:
+                    raise SourceError("the API server %s ends watches at once" % connection.server)
+        except SourceError as exc:
+            return exc
+        except (aiohttp.ClientError, OSError) as exc:
+            return connection_error(exc, connection)
+        return None
 
     def note(self, changed):
         if self.view.problems:

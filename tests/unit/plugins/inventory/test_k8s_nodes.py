@@ -69,7 +69,8 @@ def ansible(api, tmp_path):
         env = {name: value for name, value in os.environ.items()
                if not name.startswith("K8S_AUTH_") and name not in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST")}
         env.update(ANSIBLE_COLLECTIONS_PATH=os.pathsep.join([COLLECTIONS, others]), ANSIBLE_LOCAL_TEMP=str(tmp_path / "local"),
-                   HOME=str(home), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED="1", ANSIBLE_LOCALHOST_WARNING="0",
+                   HOME=str(home), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED="1",
+                   ANSIBLE_LOCALHOST_WARNING="0",
                    # what kubernetes.core keeps of a server's discovery: the port of another test's server may be this one's
                    TMPDIR=str(tmp_path), **environ)
         done = subprocess.run([sys.executable, "-m", "ansible.cli.%s" % program, "-i", str(path), *(options or ["--list"])],
