@@ -155,8 +155,8 @@ class Controller(http.server.BaseHTTPRequestHandler):
                         "summary_fields": {"organization": {"id": 1, "name": "Default"}}}
             self._answer(200, {"count": 1, "next": None, "results": [template]})
         else:
-            self._answer(200, {"id": 9, "status": "successful", "artifacts": {}, "created": "2026-11-23T00:00:00Z", "name": "x",
-                               "url": "/api/v2/jobs/9/"})
+            job = {"id": 9, "status": "successful", "artifacts": {}, "created": "2026-11-23T00:00:00Z", "url": "/api/v2/jobs/9/"}
+            self._answer(200, {"count": 1, "next": None, "results": [job]} if path.endswith("/jobs/") else job)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
