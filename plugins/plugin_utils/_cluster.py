@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import yaml
 from ansible.errors import AnsibleError
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._membership import node_items
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
 
 LOOKUP = "kubernetes.core.k8s"
+NODES_PATH = "/api/v1/nodes"
 
 _RIGHTS = ("give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
            " published as annotations)")
@@ -161,6 +164,52 @@ def list_nodes(lookup_loader, loader, templar, variables, kubeconfig, found, con
         return plugin.run([], variables=variables, **options) or []
     except Exception as exc:  # noqa: BLE001  the client raises its own, urllib3's, ssl's and plain Exception
         raise api_error(exc, found, details) from None
+
+
+def api_client(auth, found, details):
+    """The client of kubernetes.core: an object whose ``request`` asks the API. Raises `MeshError`.
+
+    ``auth``: options of kubernetes.core by name, those that are not given left out.
+    """
+    try:
+        # The collection and its library are there only where the API is asked.
+        import kubernetes  # noqa: F401  kubernetes.core itself fails with a NameError where it is missing
+        from ansible_collections.kubernetes.core.plugins.module_utils.k8s.client import get_api_client
+    except ImportError as exc:
+        raise MeshError("asking the Kubernetes API needs the collection kubernetes.core and, for %s, the Python library kubernetes (%s);"
+                        " install them: ansible-galaxy collection install kubernetes.core; pip install kubernetes"
+                        % (sys.executable, exc)) from None
+    try:
+        return get_api_client(**auth).client
+    except Exception as exc:  # noqa: BLE001  the client raises its own, urllib3's, ssl's and plain Exception
+        raise api_error(exc, found, details) from None
+
+
+def list_pages(client, found, details, label_selector, page_size, timeout):
+    """All Node objects from the API, ``page_size`` at a time. Raises `MeshError`.
+
+    ``timeout``: seconds for each page. The pages are of one moment. Where their token expires between two of them, the list is asked for
+    once more as a whole, as Kubernetes' own clients do.
+    """
+    items, token = [], None
+    while True:
+        try:
+            response = client.request("get", NODES_PATH, limit=page_size, _continue=token, label_selector=label_selector,
+                                      serialize=False, _request_timeout=timeout)
+            listing = json.loads(response.data)
+        except ValueError as exc:
+            raise MeshError("listing nodes: the answer of the API is no JSON (%s); is the server behind %s a Kubernetes API?"
+                            % (exc, found or "the in-cluster configuration")) from None
+        except Exception as exc:  # noqa: BLE001  see above
+            if token and getattr(exc, "status", None) == 410:
+                items, token, page_size = [], None, None
+                continue
+            raise api_error(exc, found, details) from None
+        page, last, dummy = node_items(listing)
+        items.extend(page)
+        if last:
+            return items
+        token = listing["metadata"]["continue"]
 
 
 def kubectl_error(result, host, command):

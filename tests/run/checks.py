@@ -264,9 +264,20 @@ def ansible_lint(context):
 
 @check("unit", timeout=600, name="unit-core-2.19")
 def unit_core_2_19(context):
-    """Unit tests of everything, ansible-core 2.19 on Python 3.11."""
+    """Unit tests of everything but the inventory plugin, ansible-core 2.19 on Python 3.11."""
+    return unit_tests(context, "tests/unit", "--ignore=tests/unit/plugins/inventory")
+
+
+def unit_tests(context, *arguments):
+    """pytest with the collection, and with those that optional features need."""
     others = prepare.other_collections(tool(context, "python"))
-    return pytest(context, "tests/unit", pythonpath=[tree(context).parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others})
+    return pytest(context, *arguments, pythonpath=[tree(context).parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others})
+
+
+@check("unit", timeout=BACKGROUND, background=True)
+def inventory(context):
+    """The inventory plugin, by ansible-inventory and ansible-playbook against an API server, with all its faults."""
+    return unit_tests(context, "tests/unit/plugins/inventory")
 
 
 @check("unit", timeout=BACKGROUND, background=True)
@@ -274,6 +285,16 @@ def awx(context):
     """The playbook awx_setup with the modules of awx.awx, against a small AWX."""
     path = f"{tree(context).parents[2]}{os.pathsep}{prepare.other_collections(tool(context, 'python'))}"
     return pytest(context, *test_files("awx"), env={"ANSIBLE_COLLECTIONS_PATH": path})
+
+
+@check("unit", timeout=BACKGROUND, name="event-source", background=True)
+def event_source(context):
+    """The event source for Event-Driven Ansible against an API server, with all its faults; and that ansible-doc can read it."""
+    env = environment(context)
+    plugins = prepare.REPOSITORY / "extensions" / "eda" / "plugins" / "event_source"
+    for path in sorted(plugins.glob("*.py")):
+        context.run([tool(context, "ansible-doc"), "-M", plugins, path.stem], env=env)
+    return pytest(context, TESTS / "eda" / "test_event_source.py")
 
 
 def ansible_test(context, venv, *arguments):
@@ -493,6 +514,14 @@ def lab_self(context):
 def lab_runner(context):
     """The playbooks under ansible-runner, what becomes an artifact, and slices that are refused."""
     return lab_tests(context, "lab-runner")
+
+
+@check("eda", timeout=600, cores=2)
+def rulebook(context):
+    """ansible-rulebook with the rulebooks, the event source, the inventory plugin and the playbook as installed."""
+    venv = once(context, "eda", prepare.venv_eda)
+    env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
+    return pytest(context, TESTS / "eda" / "test_rulebook.py", venv=venv, env=env)
 
 
 @check("molecule", timeout=600, cores=2)

@@ -190,6 +190,12 @@ def venv_dev():
     return _required("dev", ("3.11",), "requirements-dev.txt")
 
 
+def venv_eda():
+    """ansible-rulebook and the Java that it runs its rules in."""
+    debian_packages("openjdk-17-jre-headless")
+    return _required("eda", ("3.11", "3.12"), "requirements-eda.txt")
+
+
 def venv_core_2_21():
     """ansible-core 2.21, or None where no Python is new enough for it."""
     interpreter = python("3.13", "3.12")
