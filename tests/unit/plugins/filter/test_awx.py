@@ -25,6 +25,7 @@ ENTRIES = ("main", "reconcile", "rotate_keys", "disable", "status")
 # Single values that no survey asks for. What the mesh is called and how its hosts differ belongs into the inventory, and so do queries
 # and files; the secret belongs into a credential.
 OF_THE_INVENTORY = {
+    "mesh_agent", "mesh_agent_ca_file", "mesh_agent_grace", "mesh_agent_server", "mesh_agent_token", "mesh_agent_token_file",
     "mesh_endpoint", "mesh_endpoint_query", "mesh_fwmark", "mesh_implementation", "mesh_interface", "mesh_keepalive", "mesh_kube_context",
     "mesh_kubeconfig", "mesh_kubectl_host", "mesh_mtu", "mesh_node_addresses_query", "mesh_node_name", "mesh_nodes_file",
     "mesh_persistence", "mesh_pod_cidrs_query", "mesh_port", "mesh_psk_secret", "mesh_rule_priority", "mesh_table",
