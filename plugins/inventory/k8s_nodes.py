@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: k8s_nodes
 short_description: The nodes of a Kubernetes cluster as hosts
-version_added: 1.1.0
+version_added: 1.0.0
 author:
   - Kubemesh contributors (@kubemesh)
 description:

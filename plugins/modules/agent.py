@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: agent
 short_description: The node agent that keeps the mesh up to the cluster's list of nodes
-version_added: 1.1.0
+version_added: 1.0.0
 author:
   - Kubemesh contributors (@kubemesh)
 description:

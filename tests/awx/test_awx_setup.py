@@ -26,10 +26,10 @@ PLAYBOOKS = ("enable", "reconcile", "rotate_keys", "disable", "status")
 PSK = "preshared-secret-of-the-test-0123456789"
 KUBECONFIG = "apiVersion: v1 # kubeconfig-of-the-test"
 NOTIFIED = {"mesh_awx_notification_type": "slack", "mesh_awx_notification_configuration": {"channels": ["#mesh"], "token": "slack-token-x"}}
-ALL = dict(NOTIFIED, mesh_awx_organization="Default", mesh_awx_image="registry.example/kubemesh-ee:1.1.0", mesh_awx_kubeconfig=KUBECONFIG,
+ALL = dict(NOTIFIED, mesh_awx_organization="Default", mesh_awx_image="registry.example/kubemesh-ee:1.0.0", mesh_awx_kubeconfig=KUBECONFIG,
            mesh_awx_psk_secret=PSK, mesh_awx_credentials=["ssh"], mesh_awx_inventory_variables={"ansible_user": "root"},
            mesh_awx_notifications=["on call"])
-LEAST = {"mesh_awx_organization": "Default", "mesh_awx_image": "registry.example/kubemesh-ee:1.1.0"}
+LEAST = {"mesh_awx_organization": "Default", "mesh_awx_image": "registry.example/kubemesh-ee:1.0.0"}
 RECAP = re.compile(r"^localhost\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 
 

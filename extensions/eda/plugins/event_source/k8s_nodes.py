@@ -15,7 +15,7 @@ DOCUMENTATION = r"""
 ---
 module: k8s_nodes
 short_description: Nodes of a Kubernetes cluster that join, leave or change
-version_added: 1.1.0
+version_added: 1.0.0
 author:
   - Kubemesh contributors (@kubemesh)
 description:
