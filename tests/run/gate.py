@@ -205,14 +205,14 @@ class Gate:
                 if check.background:
                     continue
                 need = min(check.cores, self.cores)
+                # What comes has the machine to itself, and until it has, there is room for what runs behind all others.
+                if need == self.cores and not background.ident:
+                    background.start()
                 with self.turn:
                     self.turn.wait_for(lambda need=need: self.free >= need and not self.alone and (need < self.cores or not self.in_front))
                     self.alone = need == self.cores
                     self.free -= need
                     self.in_front += 1
-                # Checks that only compute fill the machine by themselves; hosts that talk to each other wait now and then.
-                if self.alone and not background.ident:
-                    background.start()
                 thread = threading.Thread(target=self.one, args=(check,))
                 thread.start()
                 threads.append(thread)
