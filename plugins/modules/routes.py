@@ -125,6 +125,7 @@ options:
   exempt_cidrs:
     description:
       - Node addresses in these prefixes are not reached through the mesh.
+      - A prefix of every address there is, such as V(0.0.0.0/0), is refused.
     type: list
     elements: str
     default: []
@@ -287,8 +288,7 @@ def apply_live(system, current, wanted, steps):
     """
     moved = plan.moved_destinations(current, wanted)
     live_tables = bool(current["rules"]) and bool(wanted["rules"])
-    if any(step["op"] == "add_rule" and step["rule"]["family"] == "ipv4" for step in steps):
-        split_local_table(system)
+    split_local_table(system, any(step["op"] == "add_rule" and step["rule"]["family"] == "ipv4" for step in steps))
     parts = [([step for step in steps if step["op"] == "replace_route"], moved if live_tables else [])]
     for family in FAMILIES:
         rules = [step for step in steps if "rule" in step and step["rule"]["family"] == family]
