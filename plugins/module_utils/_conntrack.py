@@ -598,9 +598,9 @@ class Carrier:
         writer = self.clients[1]
         copied = [one for one in connections if has_no_zone(one) and writer.copy(one)] if led and self.detour.active else []
         try:
-            safe = {one["id"] for one in copied} if copied and self.detour.lead(copied) else set()
+            safe = {one["identity"] for one in copied} if copied and self.detour.lead(copied) else set()
             for connection in connections:
-                self.replace(connection, connection["id"] in safe)
+                self.replace(connection, connection["identity"] in safe)
         finally:
             # What cannot be removed ends by itself.
             if copied and self.detour.release():

@@ -19,47 +19,79 @@ So `main` is given a copy of the local routes first, which the kernel leaves alo
 from __future__ import annotations
 
 # What marks the copies: a number that no routing daemon has (iproute2, etc/rtnetlink.c and rt_protos).
-PROTOCOL = 151
-LOCAL, MAIN, DEFAULT = 255, 254, 253
-# Looks once more into `main` just before the kernel's own rule does (32766): it changes no packet's way.
-RULE = "priority 32765 from all lookup %d" % MAIN
-# linux/rtnetlink.h; `ip route add` takes names only.
-TYPES = {"1": "unicast", "2": "local", "3": "broadcast", "4": "anycast", "5": "multicast"}
+PROTOCOL = "151"
+LOCAL, MAIN = "255", "254"
+# The kernel's own rules, as numbers and as names, which some versions of iproute2 print all the same.
+OF_THE_KERNEL = {(0, LOCAL): 0, (0, "local"): 0, (32766, MAIN): 1, (32766, "main"): 1, (32767, "253"): 2, (32767, "default"): 2}
+# Any new rule parts the tables. This one is for packets of a device that does not exist, and a rule is deleted by its device exactly.
+DEVICE = "kubemesh-split"
+RULE = "priority 32765 iif %s lookup %s" % (DEVICE, MAIN)
+# linux/rtnetlink.h; `ip route add` takes names only. What else there may be in the table was put there by somebody, and is his affair.
+TYPES = {"2": "local", "local": "local", "3": "broadcast", "broadcast": "broadcast"}
+
+
+def is_ours(rule):
+    """Whether an object of `ip -4 -j -N rule` is the rule above."""
+    return rule.get("iif") == DEVICE
 
 
 def is_split(rules):
-    """Whether the tables were parted before, as far as `ip -4 -j -N rule` tells: a rule that is neither the kernel's nor the one above."""
-    harmless = {(0, str(LOCAL)), (32765, str(MAIN)), (32766, str(MAIN)), (32767, str(DEFAULT))}
-    return any((int(rule.get("priority", 0)), str(rule.get("table", ""))) not in harmless for rule in rules)
+    """Whether the tables were parted before: a rule came, or one of the kernel's went. False where that cannot be told."""
+    found = set()
+    for rule in rules:
+        if is_ours(rule):
+            continue
+        place = OF_THE_KERNEL.get((rule.get("priority"), str(rule.get("table"))))
+        if place is None or rule.get("src", "all") != "all" or set(rule) - {"priority", "src", "table", "protocol"}:
+            return True
+        found.add(place)
+    return found != {0, 1, 2}
 
 
-def route_lines(verb, routes):
-    """``ip -batch`` lines that add or delete the copies; routes: objects of `ip -4 -j -N route show table local`."""
+def copy_lines(routes):
+    """``ip -batch`` lines that add the copies; routes: objects of `ip -4 -j -N route show table local`."""
     lines = []
     for route in routes:
-        kind = str(route.get("type", "unicast"))
-        parts = ["route", verb, TYPES.get(kind, kind), route["dst"], "table", str(MAIN), "proto", str(PROTOCOL)]
-        for key, word in (("dev", "dev"), ("scope", "scope"), ("prefsrc", "src"), ("metric", "metric")):
+        kind = TYPES.get(str(route.get("type")))
+        if kind is None or not route.get("dev") or {"gateway", "via", "nexthops"} & set(route):
+            continue
+        parts = ["route", "add", kind, route["dst"], "table", MAIN, "proto", PROTOCOL, "dev", route["dev"]]
+        for key, word in (("scope", "scope"), ("prefsrc", "src"), ("metric", "metric")):
             if route.get(key) is not None:
                 parts += [word, str(route[key])]
         lines.append(" ".join(parts))
     return lines
 
 
-def split_lines(routes, leftovers=()):
-    """All that parts the tables, for one ``ip -force -batch``: copies in, a rule that makes the kernel do it, rule and copies out.
+def removal_lines(rule=True):
+    """Lines that take the copies away, and the rule."""
+    return (["rule del " + RULE] if rule else []) + ["route flush table %s proto %s" % (MAIN, PROTOCOL)]
 
-    leftovers: copies of a run that was killed half way, as above. A copy that cannot be added leaves its address as it would be without.
+
+def split_local_table(system, first_rule):
+    """Take away what a run that was killed left here; and part the tables where that is to be done before a first rule.
+
+    No packet is lost, and nothing is different afterwards.
     """
-    copies = route_lines("add", routes)
-    return copies + ["rule add " + RULE, "rule del " + RULE] + route_lines("del", list(routes) + list(leftovers))
-
-
-def split_local_table(system):
-    """Part the tables of this node, where that was not done before; no packet is lost, and nothing is different afterwards."""
-    if is_split(system.ip_json(["-4", "rule", "show"])):
+    rules, copies = read(system)
+    lines = []
+    if first_rule and not is_split(rules):
+        routes = system.ip_json(["-4", "route", "show", "table", LOCAL], missing=("table does not exist",))
+        # An address that a killed run copied may have left the node since, so its copies go first.
+        lines = (removal_lines(any(map(is_ours, rules))) if copies else []) + copy_lines(routes) + ["rule add " + RULE] + removal_lines()
+    elif copies or any(map(is_ours, rules)):
+        lines = removal_lines(any(map(is_ours, rules)))
+    if not lines:
         return
-    routes = system.ip_json(["-4", "route", "show", "table", str(LOCAL)], missing=("table does not exist",))
-    leftovers = system.ip_json(["-4", "route", "show", "table", str(MAIN), "proto", str(PROTOCOL)], missing=("table does not exist",))
-    # One process, which goes on when this one is killed. What it says is of no use: a rule or a copy may be there from another time.
-    system.ip_answers("ipv4", split_lines(routes, leftovers))
+    # To its end, whatever becomes of this process. What is refused is seen by what is there afterwards.
+    system.ip_detached("ipv4", lines)
+    rules, copies = read(system)
+    if copies or any(map(is_ours, rules)):
+        system.module.warn("routes that were to be there for a moment are still there: remove them with `ip -4 route flush table main "
+                           "proto %s` and `ip -4 rule del %s`" % (PROTOCOL, RULE))
+
+
+def read(system):
+    """``(rules, copies)`` of this node."""
+    rules = system.ip_json(["-4", "rule", "show"], missing=("not supported",))
+    return rules, system.ip_json(["-4", "route", "show", "table", MAIN, "proto", PROTOCOL], missing=("table does not exist",))

@@ -14,7 +14,6 @@ import os
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._conntrack import carry_over
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import split_local_table
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES, family_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import POD_STARTERS
@@ -88,8 +87,6 @@ def apply_live(system, current, wanted, steps):
     """
     moved = plan.moved_destinations(current, wanted)
     live_tables = bool(current["rules"]) and bool(wanted["rules"])
-    if any(step["op"] == "add_rule" and step["rule"]["family"] == "ipv4" for step in steps):
-        split_local_table(system)
     parts = [([step for step in steps if step["op"] == "replace_route"], moved if live_tables else [])]
     for family in FAMILIES:
         rules = [step for step in steps if "rule" in step and step["rule"]["family"] == family]

@@ -363,6 +363,17 @@ def devices_of_answers(text):
     return found
 
 
+def exempt_fault(cidr):
+    """What is wrong with a prefix that shall stay outside, as a text; empty for nothing."""
+    try:
+        everything = ipaddress.ip_network(cidr).prefixlen == 0
+    except ValueError as exc:
+        return "mesh_exempt_cidrs: %s is not a prefix such as 192.0.2.0/24 (%s)" % (shown(cidr), exc)
+    if everything:
+        return "mesh_exempt_cidrs: %s is every address there is; to encrypt nothing between nodes, set mesh_encrypt=pods" % cidr
+    return ""
+
+
 def check_settings(settings):
     """Raise `MeshError` where the numbers and prefixes of the steering cannot be used."""
     table, priority, mark = settings["table"], settings["rule_priority"], settings["fwmark"]
@@ -374,12 +385,8 @@ def check_settings(settings):
         raise MeshError("mesh_rule_priority: %d: the rules must come after local (0) and before main (32766); take 1 to %d"
                         % (priority, 32765 - PRIORITIES))
     for cidr in settings.get("exempt_cidrs", ()):
-        try:
-            everything = ipaddress.ip_network(cidr).prefixlen == 0
-        except ValueError as exc:
-            raise MeshError("mesh_exempt_cidrs: %s is not a prefix such as 192.0.2.0/24 (%s)" % (shown(cidr), exc)) from None
-        if everything:
-            raise MeshError("mesh_exempt_cidrs: %s is every address there is; to encrypt nothing between nodes, set mesh_encrypt=pods"
-                            % cidr)
+        fault = exempt_fault(cidr)
+        if fault:
+            raise MeshError(fault)
     if not 1 <= mark <= 0xFFFFFFFF:
         raise MeshError("mesh_fwmark: %d: a mark is a number from 1 to 0xffffffff" % mark)

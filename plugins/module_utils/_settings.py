@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import check_settings
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import check_settings, exempt_fault
 
 # The number of the generation follows, and a device has at most 15 characters (IFNAMSIZ, include/uapi/linux/if.h). The name is part of
 # file names and of names of units: what systemd or a shell would read otherwise is left out.
@@ -61,9 +61,10 @@ def faults_of(settings):
     found = [stem_fault(settings["interface"])] if "interface" in settings else []
     if "rule_priority" in settings:
         try:
-            check_settings(settings)
+            check_settings(dict(settings, exempt_cidrs=()))
         except MeshError as exc:
             found.append(str(exc))
+    found += [exempt_fault(cidr) for cidr in settings.get("exempt_cidrs") or ()]
     for port in settings.get("admin_ports") or ():
         if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
             found.append("mesh_admin_ports: %s is no TCP port; take numbers from 1 to 65535" % shown(port))

@@ -71,6 +71,18 @@ class System:
         if lines:
             self.run(["ip", FAMILY_OPTION[family], "-batch", "-"], data="".join(line + "\n" for line in lines))
 
+    def ip_detached(self, family, lines):
+        """Run lines as one ``ip -batch`` that goes on after a line that fails, and when this process or its terminal goes.
+
+        A file, because a pipe ends with who writes to it; a session of its own, because the end of a connection ends all of its session.
+        """
+        with tempfile.NamedTemporaryFile("w", prefix="kubemesh-", encoding="utf-8") as batch:
+            batch.write("".join(line + "\n" for line in lines))
+            batch.flush()
+            argv = ["ip", FAMILY_OPTION[family], "-force", "-batch", batch.name]
+            # setsid(1) does not fork where it need not, so it is waited for.
+            self.try_run((["setsid", self.path("ip") or "ip"] + argv[1:]) if self.path("setsid") else argv)
+
     def ip_answers(self, family, lines):
         """stdout of many ``ip`` queries in one process; a query that fails gives no line."""
         if not lines:

@@ -131,9 +131,12 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _keys
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
-# What to do about it is the same for all three; nothing half written is left.
-REMEDIES = dict.fromkeys(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS), "make room on the file system, or mount it to be written, and run again")
+# Nothing half written is left by any of them.
+REMEDIES = {
+    errno.ENOSPC: "make room on the file system and run this again",
+    errno.EDQUOT: "raise the quota, or make room, and run this again",
+    errno.EROFS: "mount the file system to be written and run this again",
+}
 
 
 def side_of_diff(path, found, public_key):

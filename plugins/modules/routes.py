@@ -125,6 +125,7 @@ options:
   exempt_cidrs:
     description:
       - Node addresses in these prefixes are not reached through the mesh.
+      - A prefix of every address there is, such as V(0.0.0.0/0), is refused.
     type: list
     elements: str
     default: []
@@ -218,6 +219,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _confirm
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import split_local_table
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, local_pod_cidrs, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._probe import proven_names, read_proof
@@ -351,6 +353,7 @@ def converge(module, system, known):
         on_the_way_out = params["state"] == "absent"
         if not on_the_way_out:
             apply_files(system, file_steps, units)
+        split_local_table(system, any(step["op"] == "add_rule" and step["rule"]["family"] == "ipv4" for step in steps))
         carried = live.apply_live(system, current, wanted, steps)
         if wanted["rules"]:
             check_paths(system, wanted, doc, params)

@@ -500,7 +500,8 @@ class Cluster:
         return Background(_ping_loop, self.flows(kinds), rate)
 
     def losses(self, report):
-        """{} or what a pinger lost, with all that helps to find out why: {flow: {"lost", "errors", "when"}, "counters": {node: text}}."""
+        """{} or what a pinger lost, with all that helps to find out why: {flow: {"lost", "errors", "when"},
+        "counters": {node: {name: value}}}."""
         found = {}
         for name, flow in report["flows"].items():
             if flow["lost"]:
@@ -527,7 +528,8 @@ def _drop_counters():
         lines = [line.split() for line in pathlib.Path(path).read_text().splitlines()]
         for names, values in zip(lines[::2], lines[1::2]):
             found.update((names[0] + name, int(value)) for name, value in zip(names[1:], values[1:]))
-    for line in pathlib.Path("/proc/net/snmp6").read_text().splitlines():
+    ipv6 = pathlib.Path("/proc/net/snmp6")
+    for line in ipv6.read_text().splitlines() if ipv6.exists() else ():
         name, value = line.split()
         found[name] = int(value)
     words = ("Discard", "NoRoute", "Errors", "Filter", "Drop", "NoPorts", "ForwDatagrams")

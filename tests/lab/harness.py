@@ -104,11 +104,15 @@ def sniffed(lab, kinds):
     "seen" when the block is left. What may be in clear is for the caller to say."""
     found = {}
     # The sniffer begins first: what is sent before it looks may well be in clear.
-    sniffer, markers = traffic.start_sniffer(lab), traffic.start_markers(lab, kinds=kinds)
+    sniffer = traffic.start_sniffer(lab)
     try:
-        yield found
+        markers = traffic.start_markers(lab, kinds=kinds)
+        try:
+            yield found
+        finally:
+            found["sent"] = markers.stop()
     finally:
-        found["sent"], found["seen"] = markers.stop(), sniffer.stop()
+        found["seen"] = sniffer.stop()
     assert found["sent"]["received"] > 0 and found["seen"]["frames"] > 0 and found["seen"]["drops"] == 0, found
 
 

@@ -23,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import traffic
-from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, sniffed, states
+from harness import Watched, all_encrypted, infos, keep_on_failure, made, playbook, sniffed, states, text_of
 
 PODS = ("pod-pod", "host-pod", "pod-host")
 KILLS = int(os.environ.get("KUBEMESH_KILLS", "12"))
@@ -88,6 +88,9 @@ def test_killed(lab, number, name):
         started = time.monotonic()
         playbook(lab, book, *args, source=None)
         lab.takes[name] = min(lab.takes[name] * 2, max(3.0, time.monotonic() - started))
+    # What is there for a moment before a first rule, see _fib_split.
+    for node in lab.nodes:
+        assert text_of(lab, node, "ip -4 route show table main proto 151; ip -4 rule | grep kubemesh-split || true") == ""
     found = infos(lab)
     if name == "disable":
         assert {info["exists"] for info in found.values()} == {False}

@@ -2,7 +2,7 @@
 # Copyright (c) 2026, Kubemesh contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The first rule of a node loses packets to the node's own addresses, and loses none where the tables were parted before."""
+"""The first rule of a node forwards packets to the node's own addresses, and none where the tables were parted before."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ pytestmark = [
 
 # The more local routes, the longer the kernel takes: with these a bare rule lost 43 to 69 datagrams in each of five tries.
 ADDRESSES = 2000
-# Tries until a bare rule is seen to lose something.
+# Tries until a bare rule is seen to forward something.
 TRIES = 8
 
-# Runs in a network namespace of its own; the sender is in a second one. Prints {"sent", "lost", "full", "rules", "main": [before, after]}.
+# Runs in a network namespace of its own; the sender is in a second one. Prints {"sent", "forwarded", "rules", "main": [before, after]}.
+# What is forwarded tells of the gap, and of nothing else: packets may be lost for other reasons on a machine that is busy.
 PROGRAM = """
 import ctypes, json, os, socket, struct, subprocess, sys, time
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import split_local_table
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System
 
 libc = ctypes.CDLL(None, use_errno=True)
-CLONE_NEWNET, SO_RCVBUFFORCE, SO_MEMINFO = 0x40000000, 33, 55
+CLONE_NEWNET, PR_SET_PDEATHSIG, SECONDS = 0x40000000, 1, 10
 
 
 class Module:
@@ -46,6 +47,11 @@ def ip(lines):
     subprocess.run(["ip", "-batch", "-"], input=lines, text=True, check=True)
 
 
+def forwarded():
+    names, values = [line.split() for line in open("/proc/self/net/snmp") if line.startswith("Ip:")]
+    return int(dict(zip(names, values))["ForwDatagrams"])
+
+
 def main_table():
     return subprocess.run(["ip", "-4", "-o", "route", "show", "table", "main"], stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -56,6 +62,7 @@ here, there = sorted(os.sched_getaffinity(0))[:2]
 child = os.fork()
 os.sched_setaffinity(0, {here if child else there})
 if child == 0:
+    assert libc.prctl(PR_SET_PDEATHSIG, 9) == 0
     # Packets come all the time, whatever else the machine has to do; for a tenth of a second.
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     assert libc.unshare(CLONE_NEWNET) == 0
@@ -65,8 +72,8 @@ if child == 0:
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sender.connect(("198.18.9.1", 5000))
     os.set_blocking(stop[0], False)
-    count, told = 0, False
-    while True:
+    count, told, end = 0, False, time.monotonic() + SECONDS
+    while time.monotonic() < end:
         for dummy in range(64):
             try:
                 sender.send(struct.pack("!I", count))
@@ -89,30 +96,20 @@ open("/proc/sys/net/ipv4/ip_forward", "w").write("1")
 ip("link set lo up\\nlink add v0 type veth peer name v1 netns %d\\naddr add 198.18.9.1/24 dev v0\\nlink set v0 up\\n" % child)
 ip("".join("addr add 10.96.%d.%d/32 dev lo\\n" % divmod(number, 256) for number in range(addresses)))
 receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 30)
 receiver.bind(("198.18.9.1", 5000))
 os.write(go[1], b"x")
 os.read(tell[0], 1)
 before = main_table()
 if careful:
-    split_local_table(System(Module()))
+    split_local_table(System(Module()), first_rule=True)
 ip("rule add priority 400 from 10.244.0.0/16 lookup 51840\\n")
 time.sleep(0.05)
 after = main_table()  # the sender's end takes the device with it
 os.write(stop[1], b"x")
 sent = struct.unpack("!I", os.read(tell[0], 4))[0]
 os.waitpid(child, 0)
-receiver.setblocking(False)
-got = 0
-while True:
-    try:
-        receiver.recv(64)
-        got += 1
-    except BlockingIOError:
-        break
-full = struct.unpack("9I", receiver.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))[8]
 rules = subprocess.run(["ip", "-4", "rule"], stdout=subprocess.PIPE, text=True, check=True).stdout
-print(json.dumps({"sent": sent, "lost": sent - got - full, "full": full, "rules": rules, "main": [before, after]}))
+print(json.dumps({"sent": sent, "forwarded": forwarded(), "rules": rules, "main": [before, after]}))
 """
 
 
@@ -123,16 +120,12 @@ def flood(word):
     return json.loads(run.stdout)
 
 
-def test_a_bare_rule_loses_packets():
-    """What the test below is about."""
-    if not any(flood("bare")["lost"] for dummy in range(TRIES)):
-        pytest.skip("this kernel lost nothing in %d tries: it has been mended, or they were too few" % TRIES)
-
-
-def test_no_packet_is_lost_with_the_tables_parted_before():
+def test_no_packet_is_forwarded_with_the_tables_parted_before():
+    if not any(flood("bare")["forwarded"] for dummy in range(TRIES)):
+        pytest.skip("this kernel forwarded nothing in %d tries with a bare rule: it has been mended, or they were too few" % TRIES)
     for dummy in range(3):
         report = flood("careful")
-        assert report["lost"] == 0, report
+        assert report["forwarded"] == 0, report
         assert report["sent"] > 1000
         before, after = report["main"]
         assert before == after

@@ -213,13 +213,29 @@ def changelog(context):
     context.run([tool(context, "antsibull-changelog"), "lint-changelog-yaml", "changelogs/changelog.yaml"], env=environment(context))
 
 
-@check("live", timeout=900, cores=0)
-def live(context):
-    """Modules and node agents against WireGuard devices and routes in network namespaces, and the API server of the tests."""
-    # They wait for answers that do not come, most of the time, so there is room for them beside all that only computes.
+# They wait for answers that do not come, most of the time, so there is room for them beside all that only computes; and for those that do
+# hardly anything else beside the others.
+WAITING = ("test_agent_live.py", "test_apiserver.py", "test_lock_live.py", "test_preflight_live.py", "test_probe_live.py")
+
+
+def live_tests(context, waiting):
+    """pytest on those tests with real devices that wait, or on the others."""
     need_root()
     prepare.debian_packages("iproute2", "iputils-ping", "nftables", "wireguard-go", "wireguard-tools")
-    return pytest(context, *test_files("api"), *test_files("live"), pythonpath=[tree(context).parents[2]])
+    files = [path for path in test_files("api") + test_files("live") if (path.name in WAITING) == waiting]
+    return pytest(context, *files, pythonpath=[tree(context).parents[2]])
+
+
+@check("live", timeout=900, cores=0)
+def live(context):
+    """Modules against WireGuard devices and routes in network namespaces."""
+    return live_tests(context, waiting=False)
+
+
+@check("live", timeout=900, cores=0)
+def live_waiting(context):
+    """Node agents, probes, preflight and locks: what waits for others, in network namespaces; and the API server of the tests."""
+    return live_tests(context, waiting=True)
 
 
 def kernel_tests(context, *selection):
@@ -471,7 +487,8 @@ LAB_FILES = {
 
 
 def lab_tests(context, group):
-    """pytest on the lab tests of a group, with the installed artifact as the collection that the playbooks come from."""
+    """pytest on the lab tests of a group, with the installed artifact as the collection that the playbooks come from. What nodes are asked
+    without Ansible is answered by the modules of the working tree."""
     need_root()
     elsewhere = {name for names in LAB_FILES.values() for name in names}
     files = [path for path in test_files("lab")
@@ -492,7 +509,11 @@ def lab_variants(context):
     return lab_tests(context, "lab-variants")
 
 
-@check("lab-kill", timeout=5400, cores=2)
+# Seconds: one takes 20 to 30 with two nodes, twice that with three.
+KILLS = int(os.environ.get("KUBEMESH_KILLS", "12"))
+
+
+@check("lab-kill", timeout=300 + 120 * KILLS, cores=2)
 def lab_kill(context):
     """The controller is killed at random moments: KUBEMESH_KILLS (12) of them."""
     return lab_tests(context, "lab-kill")

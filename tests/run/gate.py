@@ -85,6 +85,10 @@ class Context:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        if self.prefix:
+            # Where sessions are scheduled as groups, they all get the same, whatever their processes' priority is: sched(7), autogroup.
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{self._process.pid}/autogroup").write_text("19", encoding="ascii")
         try:
             status = self._process.wait(timeout=max(1, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -24,6 +24,9 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 
 FAMILIES = {"-4": "ipv4", "-6": "ipv6"}
 TABLE_MAIN = 254
+KERNEL_RULES = [{"priority": 0, "src": "all", "table": "255"}, {"priority": 32766, "src": "all", "table": "254"},
+                {"priority": 32767, "src": "all", "table": "253"}]
+LOCAL_ROUTES = [{"type": "2", "dst": "127.0.0.1", "dev": "lo", "protocol": "2", "scope": "254", "prefsrc": "127.0.0.1", "flags": []}]
 
 
 class Refused(Exception):
@@ -80,14 +83,27 @@ class Node:
 
     # --- ip ------------------------------------------------------------------------------------------------------------------------
 
+    def _setsid(self, words, dummy):
+        """What parts the tables before the first rule: it has to be done with all copies there, and nothing may be left."""
+        assert [os.path.basename(words[0])] + words[1:4] == ["ip", "-4", "-force", "-batch"], words
+        with open(words[4], encoding="utf-8") as handle:
+            lines = handle.read().splitlines()
+        copies = 0
+        for line in lines:
+            if line.startswith("route add local "):
+                copies += 1
+            elif line.startswith("rule add ") and not self.parted:
+                assert copies == len(LOCAL_ROUTES), lines
+                self.parted = True
+            elif line.startswith("route flush table 254 proto "):
+                copies = 0
+        assert copies == 0 and sum(line.startswith("rule add") for line in lines) == sum(line.startswith("rule del") for line in lines)
+
     def _ip(self, words, data):
         if words[:2] == ["-j", "-N"]:
             return json.dumps(self._show(words[2:]))
         if words[-2:] == ["-batch", "-"]:
             family = FAMILIES[words[0]]
-            if "-force" in words and any(line.startswith("rule ") for line in data.splitlines()):
-                self.parted = True
-                return ""
             if "-force" in words:
                 return "".join(self._get(family, line.split()) for line in data.splitlines())
             for line in data.splitlines():
@@ -109,7 +125,11 @@ class Node:
                 for name in names]
         family = FAMILIES[words[0]]
         if words[1:] == ["rule", "show"]:
-            return sorted(self.rules[family], key=lambda item: item["priority"])
+            return sorted(self.rules[family] + KERNEL_RULES, key=lambda item: item["priority"])
+        if words[1:] == ["route", "show", "table", "255"]:
+            return LOCAL_ROUTES
+        if words[1:5] == ["route", "show", "table", "254"] and words[5:6] == ["proto"]:
+            return []
         if words[1:4] == ["route", "show", "table"]:
             table = self.routes.get((family, int(words[4])))
             if not table:

@@ -40,6 +40,11 @@ def test_settings_of_one_host(change, words):
     assert len(found) == bool(words) and all(word in found[0] for word in words), found
 
 
+def test_faults_of_numbers_and_of_prefixes_are_told_together():
+    found = _settings.settings_faults({"h": dict(GOOD, table=254, exempt_cidrs=["0.0.0.0/0", "nonsense"])})
+    assert [fault.split(":")[0] for fault in found] == ["mesh_table", "mesh_exempt_cidrs", "mesh_exempt_cidrs"]
+
+
 def test_the_same_fault_of_all_hosts_is_told_once():
     assert len(_settings.settings_faults({"h%d" % number: dict(GOOD, fwmark=0) for number in range(5000)})) == 1
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -147,9 +148,12 @@ def test_no_way_to_compute_the_public_key_leaves_no_key_behind(run_module, path,
     assert not os.path.exists(path)
 
 
-def test_errors_of_the_system_name_file_and_remedy(run_module, path, monkeypatch):
+@pytest.mark.parametrize(("number", "words"), [
+    (errno.EROFS, "mount the file system"), (errno.ENOSPC, "make room"), (errno.EDQUOT, "quota"), (errno.EACCES, "as root"),
+    (errno.EIO, "check the file system")])
+def test_errors_of_the_system_name_file_and_remedy(run_module, path, monkeypatch, number, words):
     def create(target, raw):
-        raise OSError(30, "Read-only file system", target)
+        raise OSError(number, os.strerror(number), target)
     monkeypatch.setattr(_keys, "create", create)
     failed = run_module(keypair.main, {"path": path})
-    assert failed["failed"] and path in failed["msg"] and "Read-only" in failed["msg"]
+    assert failed["failed"] and path in failed["msg"] and os.strerror(number) in failed["msg"] and words in failed["msg"]
