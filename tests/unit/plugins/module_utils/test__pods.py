@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import ipaddress
 
@@ -42,7 +43,8 @@ def candidate(name, pod_cidrs=(), excluded=""):
 
 
 def document(prefixes, previous=None, source="calico_ipam", excluded=()):
-    members = [candidate(name, prefixes.get(name, ()), "excluded here" if name in excluded else "") for name in NODES + ["d"]]
+    members = [candidate(name, prefixes.get(name, ["10.9.0.0/24"] if name == "d" else ()), "excluded here" if name in excluded else "")
+               for name in NODES + ["d"]]
     return _membership.build_document(members, {}, previous, {"complete": True, "pod_source": source})[0]
 
 
@@ -58,7 +60,7 @@ def covers(prefixes):
     return {address for text in prefixes for address in ipaddress.ip_network(text)}
 
 
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(st.lists(ADDRESS, max_size=40))
 def test_both_merges_say_the_same(addresses):
     from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._cluster import merged_by_netaddr
@@ -296,7 +298,7 @@ def test_what_a_run_without_the_host_sees(source, stays):
 @pytest.mark.parametrize("source", ["pods", "calico_ipam", "cilium"])
 def test_an_empty_answer_takes_nothing_down(source):
     with pytest.raises(MeshError, match="correct pod_source %s" % source):
-        document({}, document({"a": ["10.1.0.4/32"]}, source=source), source=source)
+        document({"d": []}, document({"a": ["10.1.0.4/32"], "d": []}, source=source), source=source)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------------------------
@@ -306,9 +308,17 @@ SETTINGS = {"interface": "wgmesh0", "table": 51840, "rule_priority": 400, "fwmar
 PREFIX = "10.1.0.%d"
 
 
+@functools.lru_cache(maxsize=None)
+def span(text):
+    network = ipaddress.ip_network(text)
+    return network.version, int(network.network_address), int(network.broadcast_address), network.prefixlen
+
+
 def longest(prefixes, address):
     """What the longest of ``{prefix: value}`` with the address in it has."""
-    found = [(ipaddress.ip_network(text).prefixlen, text) for text in prefixes if ipaddress.ip_address(address) in ipaddress.ip_network(text)]
+    version, number, dummy, dummy = span(address)
+    found = [(length, text) for text in prefixes for other, first, last, length in [span(text)]
+             if other == version and first <= number <= last]
     return prefixes[max(found)[1]] if found else None
 
 
@@ -317,10 +327,10 @@ def wanted_device(doc, node):
             "peers": _mesh.peers_of(doc, node, 0)}
 
 
-def owners(doc):
-    """{address: node} by the longest prefix, of all 256 addresses."""
+def owners(doc, addresses):
+    """{address: node} by the longest prefix."""
     prefixes = {cidr: name for name, entry in doc["nodes"].items() for cidr in entry["pod_cidrs"]}
-    return {PREFIX % number: longest(prefixes, PREFIX % number) for number in range(256)}
+    return {address: longest(prefixes, address) for address in addresses}
 
 
 def way(state, address):
@@ -331,7 +341,7 @@ def way(state, address):
 
 def check_steps(old, new, node, addresses):
     """Whatever an address has before and after, it has at every step between."""
-    before, after = owners(old), owners(new)
+    before, after = owners(old, addresses), owners(new, addresses)
     names = {entry["public_keys"]["0"]: name for name, entry in new["nodes"].items() if entry["public_keys"]}
     state = _wg_plan.apply_steps(_wg_plan.empty_state("wgmesh0"), _wg_plan.plan_device(None, wanted_device(old, node)))
     steps = _wg_plan.plan_device(state, wanted_device(new, node))
@@ -358,31 +368,29 @@ def check_steps(old, new, node, addresses):
     assert _routes_plan.plan_routes(routes, wanted) == []
 
 
-ADDRESSES = [PREFIX % number for number in range(0, 256, 1)]
-# Addresses 0 to 31, each with one of three nodes or nobody: neighbours and moves are common.
-PODS = st.lists(st.sampled_from(["a", "b", "c", None]), min_size=32, max_size=32)
+# Each with one of three nodes or nobody: neighbours and moves are common.
+ADDRESSES = [PREFIX % number for number in range(16)]
+PODS = st.lists(st.sampled_from(["a", "b", "c", None]), min_size=16, max_size=16)
 
 
 def merged_of(pods):
     return {name: _pods.merged_prefixes([PREFIX % number for number, owner in enumerate(pods) if owner == name]) for name in NODES}
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(PODS, PODS, st.sampled_from(NODES))
 def test_pods_that_come_go_and_move_open_no_gap(old, new, node):
-    hypothesis.assume(any(old) and any(new))
     before = document(merged_of(old), source="pods")
-    check_steps(before, document(merged_of(new), before, source="pods"), node, ADDRESSES[:33])
+    check_steps(before, document(merged_of(new), before, source="pods"), node, ADDRESSES)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(PODS, st.integers(0, 31), st.sampled_from(["a", "b", "c", None]), st.sampled_from(NODES))
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(PODS, st.integers(0, 15), st.sampled_from(["a", "b", "c", None]), st.sampled_from(NODES))
 def test_one_pod_that_comes_or_goes(old, number, owner, node):
     """Its neighbours lose the prefix that covered them all only after they have another one."""
     new = old[:number] + [owner] + old[number + 1:]
-    hypothesis.assume(any(old) and any(new))
     before = document(merged_of(old), source="pods")
-    check_steps(before, document(merged_of(new), before, source="pods"), node, ADDRESSES[:33])
+    check_steps(before, document(merged_of(new), before, source="pods"), node, ADDRESSES)
 
 
 BLOCK_OWNERS = st.lists(st.sampled_from(NODES + [None]), min_size=3, max_size=3)
@@ -396,18 +404,17 @@ def blocks_of(owned, borrowed):
     return of_calico(affinities, blocks)
 
 
-@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(BLOCK_OWNERS, BORROWED, BLOCK_OWNERS, BORROWED, st.sampled_from(NODES), st.booleans())
 def test_blocks_and_borrowed_addresses_that_move(owned, borrowed, owned2, borrowed2, node, excluded):
-    hypothesis.assume((any(owned) or borrowed) and (any(owned2) or borrowed2))
-    others = {"d"} | ({next(name for name in NODES if name != node)} if excluded else set())
+    others = {next(name for name in NODES if name != node)} if excluded else set()
     before = document(blocks_of(owned, borrowed), excluded=others)
     after = document(blocks_of(owned2, borrowed2), before, excluded=others)
     interesting = sorted(set(borrowed) | set(borrowed2) | {0, 63, 64, 100, 127, 128, 191, 192})
     # An excluded node is no peer: what lies in a peer's block but belongs to it goes the CNI's way, and WireGuard never sees it.
     kept = [PREFIX % number for number in interesting]
     if excluded:
-        kept = [address for address in kept if not {owners(before)[address], owners(after)[address]} & others]
+        kept = [address for address in kept if not {owners(before, kept)[address], owners(after, kept)[address]} & others]
     check_steps(before, after, node, kept)
 
 
@@ -434,7 +441,7 @@ def test_what_ip_prints_of_an_exception():
 
 def test_nodes_without_a_tunnel_keep_what_they_borrowed():
     """Excluded and unproven ones: their address in a peer's block goes the CNI's way, as all of theirs does."""
-    doc = document(NESTED, excluded=("b", "d"))
+    doc = document(NESTED, excluded=("b",))
     assert way(_routes_plan.wanted_state(doc, "c", SETTINGS, None, []), "10.1.0.9") is None
     doc = document(NESTED)
     assert way(_routes_plan.wanted_state(doc, "c", SETTINGS, {"a"}, []), "10.1.0.9") is None
@@ -469,4 +476,4 @@ def test_guard_follows_the_longest_prefix(networks):
     assert not guarded(doc, "c", "pods", "10.1.0.9", exempt_nodes=["b"], pod_networks=networks)
     assert guarded(doc, "c", "pods", "10.1.0.8", exempt_nodes=["b"], pod_networks=networks)
     assert guarded(doc, "c", "pods", "10.1.0.9", exempt_nodes=["a"], pod_networks=networks)
-    assert not guarded(document(NESTED, excluded=("b", "d")), "c", "pods", "10.1.0.9")
+    assert not guarded(document(NESTED, excluded=("b",)), "c", "pods", "10.1.0.9")
