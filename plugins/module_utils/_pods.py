@@ -179,7 +179,7 @@ def _allocated(item, spec, cidr, problems):
     network = ipaddress.ip_network(cidr)
     allocations, attributes = spec.get("allocations"), spec.get("attributes")
     if not isinstance(allocations, list) or not isinstance(attributes, list) or len(allocations) > network.num_addresses:
-        problems.append("%s: spec.allocations and spec.attributes are no lists that fit to the block %s; repair it with calicoctl ipam check"
+        problems.append("%s: spec.allocations and spec.attributes are no lists that fit to block %s; repair it with calicoctl ipam check"
                         % (_named(item, "IPAMBlock"), cidr))
         return
     for ordinal, place in enumerate(allocations):
@@ -239,7 +239,7 @@ def _cilium_texts(item):
 
 
 def cilium_prefixes(objects, nodes, node_addresses, merge=merged_prefixes):
-    """``(prefixes, warnings)`` of CiliumNodes: pod CIDRs and CIDRs of pools, and with IPAM of a cloud the addresses of the node's devices."""
+    """``(prefixes, warnings)`` of CiliumNodes: pod CIDRs and CIDRs of pools, and with a cloud's IPAM the addresses of its devices."""
     problems, prefixes = [], {}
     for item in objects["CiliumNode"]:
         node = _known_node(_dict(item.get("metadata")).get("name"), nodes)

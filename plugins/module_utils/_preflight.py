@@ -73,8 +73,8 @@ DATA_PATHS = (
      "remedy": "use Weave's own encryption (WEAVE_PASSWORD) instead of this mesh"},
     {"name": "AWS VPC CNI", "links": ("eni",), "types": ("aws-cni",), "level": "warning",
      "why": "pods have addresses of the VPC and nodes have no pod CIDRs, so there is no prefix that could be routed into the mesh",
-     "remedy": "encrypt between nodes only (mesh_encrypt: nodes), or use instance types that encrypt in transit; mesh_pod_source: pods takes "
-               "the addresses of the pods, and has to follow each of them"},
+     "remedy": "encrypt between nodes only (mesh_encrypt: nodes), or use instance types that encrypt in transit; mesh_pod_source: pods "
+               "takes the addresses of the pods, and has to follow each of them"},
     {"name": "Calico", "links": ("cali", "vxlan.calico"), "types": ("calico",), "level": ""},
     {"name": "kube-router", "links": ("kube-bridge",), "level": ""},
     {"name": "Flannel", "links": ("flannel",), "types": ("flannel",), "level": ""},
@@ -200,8 +200,8 @@ def data_path_findings(facts, settings):
         prefixes = _some(["%s (%s)" % (item["prefix"], item["device"]) for item in outside])
         if follows:
             yield finding(
-                "warning", "pod CIDRs", node, "pods of this node have addresses that are not (yet) in what mesh_pod_source found: %s: until "
-                "they are, peers drop what these pods send through the mesh" % prefixes,
+                "warning", "pod CIDRs", node, "pods of this node have addresses that are not (yet) in what mesh_pod_source found: %s: until they "
+                "are, peers drop what these pods send through the mesh" % prefixes,
                 "if they are new, run the playbook reconcile; else see whether %s is the right mesh_pod_source" % settings["pod_source"],
                 outside[0]["prefix"])
             return

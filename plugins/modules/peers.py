@@ -130,8 +130,8 @@ options:
       - V(calico_ipam) takes the blocks of Calico's own IPAM (BlockAffinity objects of C(crd.projectcalico.org)), and what one node borrowed
         from the block of another (IPAMBlock objects) as single addresses.
       - V(cilium) takes the CIDRs and addresses of CiliumNode objects (C(cilium.io)).
-      - With O(source=file) and with O(nodes) these objects are expected in the same list. With O(source=inventory) there are none, and it is
-        refused.
+      - With O(source=file) and with O(nodes) these objects are expected in the same list. With O(source=inventory) there are none, and it
+        is refused.
       - The variable C(mesh_pod_cidrs) of a host counts more.
     type: str
     choices: [node_cidrs, pods, calico_ipam, cilium]

@@ -44,8 +44,8 @@ def _rights(resource):
 
 def _no_resource(resource):
     """What to say where the API does not know a resource."""
-    return ("this cluster has no %s (%s): it does not use %s, or that keeps its data elsewhere, such as in an etcd of its own; set pod_source"
-            " (mesh_pod_source) to what the cluster has" % (resource.plural, resource.group or "v1", resource.owner))
+    return ("this cluster has no %s (%s): it does not use %s, or that keeps its data elsewhere, such as in an etcd of its own; set"
+            " pod_source (mesh_pod_source) to what the cluster has" % (resource.plural, resource.group or "v1", resource.owner))
 
 
 def merged_by_netaddr(texts):
@@ -297,8 +297,10 @@ def kubectl_missing(result):
 
 
 def split_kinds(items, resources):
-    """``(Node objects, {kind: objects})`` of one list that holds both; short descriptions of nodes count as Node objects. Raises `MeshError`
-    where an object of a resource is missing altogether: an empty list would read as "no pods"."""
+    """``(Node objects, {kind: objects})`` of one list that holds both; short descriptions of nodes count as Node objects.
+
+    Raises `MeshError` where a list has no object of a resource: it was saved without them, and would read as "no pods".
+    """
     kinds = {resource.kind: [] for resource in resources}
     nodes = []
     for item in items:
@@ -307,8 +309,8 @@ def split_kinds(items, resources):
     missing = [resource for resource in resources if not kinds[resource.kind]]
     if missing:
         names = ",".join(["nodes"] + [kubectl_name(resource) for resource in resources])
-        raise MeshError("the list of nodes that was given holds no %s objects, which pod_source (mesh_pod_source) needs; save the output of:"
-                        " kubectl get %s --all-namespaces -o json" % (" and no ".join(resource.kind for resource in missing), names))
+        raise MeshError("the list of nodes that was given holds no %s objects, which pod_source (mesh_pod_source) needs; save the output"
+                        " of: kubectl get %s --all-namespaces -o json" % (" and no ".join(resource.kind for resource in missing), names))
     return nodes, kinds
 
 

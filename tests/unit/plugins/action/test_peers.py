@@ -726,7 +726,8 @@ class TestPodSourcesOfTheApi:
     def test_no_such_resource(self, run, api, tmp_path, source, plural):
         api.fault("status", verb="list", resource=plural, code=404)
         result = run(self.args(tmp_path, source))
-        assert result["failed"] and "listing %s: the API server %s answers 404: this cluster has no %s" % (plural, api.url, plural) in result["msg"]
+        assert result["failed"]
+        assert "listing %s: the API server %s answers 404: this cluster has no %s" % (plural, api.url, plural) in result["msg"]
         assert "set pod_source (mesh_pod_source)" in result["msg"]
 
     def test_an_empty_answer_takes_nothing_down(self, run, api, tmp_path):

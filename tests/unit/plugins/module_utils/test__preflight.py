@@ -52,8 +52,8 @@ CLEAN = {
 }
 SETTINGS = {
     "node": "worker-1", "interface": "wgmesh", "ports": [51840, 51841], "table": 51840, "rule_priority": 400, "fwmark": 0x1000,
-    "encrypt": "pods", "pod_source": "node_cidrs", "implementation": "auto", "persistence": "auto", "mtu": None, "pod_cidrs": ["10.244.1.0/24"],
-    "node_addresses": ["198.18.0.11"]}
+    "encrypt": "pods", "pod_source": "node_cidrs", "implementation": "auto", "persistence": "auto", "mtu": None,
+    "pod_cidrs": ["10.244.1.0/24"], "node_addresses": ["198.18.0.11"]}
 
 
 def facts(**changes):
