@@ -149,7 +149,7 @@ def plan_routes(current, wanted):
 
     Steps: {"op": "replace_route" | "remove_route", "route"}, {"op": "add_rule" | "remove_rule", "rule"}. A route that changes is replaced
     in one kernel operation; a rule that stays is never touched. What is led out of a table is so before the wider route around it is there,
-    and until that is gone.
+    and until that is gone: in their order, wider routes come first.
     """
     have = {(route["table"], route["dst"]): route for route in current["routes"]}
     want = {(route["table"], route["dst"]): route for route in wanted["routes"]}
@@ -164,7 +164,7 @@ def plan_routes(current, wanted):
     # Host encryption goes first, then what pods send to nodes, then pods to pods: the reverse of how they were added.
     for key in sorted(set(have_rules) - set(want_rules), reverse=True):
         steps.append({"op": "remove_rule", "rule": have_rules[key]})
-    for key in sorted(set(have) - set(want), key=lambda key: (have[key]["type"] == "throw", route_order(have[key]))):
+    for key in sorted(set(have) - set(want), key=lambda key: route_order(have[key])):
         steps.append({"op": "remove_route", "route": have[key]})
     return steps
 
