@@ -200,8 +200,8 @@ def data_path_findings(facts, settings):
         prefixes = _some(["%s (%s)" % (item["prefix"], item["device"]) for item in outside])
         if follows:
             yield finding(
-                "warning", "pod CIDRs", node, "pods of this node have addresses that are not (yet) in what mesh_pod_source found: %s: until they "
-                "are, peers drop what these pods send through the mesh" % prefixes,
+                "warning", "pod CIDRs", node, "pods of this node have addresses that are not (yet) in what mesh_pod_source found: %s: "
+                "until they are, peers drop what these pods send through the mesh" % prefixes,
                 "if they are new, run the playbook reconcile; else see whether %s is the right mesh_pod_source" % settings["pod_source"],
                 outside[0]["prefix"])
             return

@@ -73,6 +73,6 @@ def test_a_borrowed_address_stays_a_pod_of_its_node():
     done = subprocess.run(["unshare", "--net", sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False,
                           env=dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)))
     assert done.returncode == 0, done.stderr
-    # Led out before the block's route is there; taken over by a peer and given back in one step each; led out until the block's route is gone.
+    # Led out before the block's route is there, taken over by a peer and given back in one step each, led out until that route is gone.
     wanted = ["pod", "pod", ["mesh"], "mesh", ["mesh"], "pod", ["mesh"], "pod", "pod", []]
     assert json.loads(done.stdout) == {"ipv4": wanted, "ipv6": wanted}
