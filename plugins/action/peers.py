@@ -18,7 +18,7 @@ from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import lookup_loader
 from ansible.utils.display import Display
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _pods
 from ansible_collections.kubemesh.wireguard.plugins.modules.peers import ARGUMENT_SPEC, MUTUALLY_EXCLUSIVE
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _cluster, _hostvars
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted
@@ -138,6 +138,7 @@ class ActionModule(ActionBase):
         problems.extend(more)
         from_inventory = _membership.nodes_from_inventory(settings)
         source, why = _cluster.choose_source(args, os.environ, os.path.expanduser("~"), control_plane, bool(from_inventory))
+        self._check_pod_source(args, source)
         play_hosts = set(plain(task_vars.get("ansible_play_hosts_all") or []))
         if args["discover"]:
             return self._discovered(source, why, control_plane, settings, play_hosts)
@@ -145,6 +146,10 @@ class ActionModule(ActionBase):
         previous, more = self._previous(args)
         warnings.extend(more)
         source, why, items, complete, why_incomplete = self._node_list(args, task_vars, source, why, control_plane, bool(from_inventory))
+        objects = {}
+        if args["pod_source"] != _pods.NODE_CIDRS:
+            self._check_pod_source(args, source)  # kubectl may be missing, and the inventory taken in its place
+            items, objects = self._pod_objects(args, task_vars, source, items)
         if items is None:
             candidates = from_inventory
             if not candidates:
@@ -154,9 +159,12 @@ class ActionModule(ActionBase):
             queries = {field: args["%s_query" % field] for field in _membership.DEFAULT_QUERIES}
             candidates, more = _membership.nodes_given(items, queries) if source == "nodes" else _membership.nodes_from_k8s(items, queries)
             problems.extend(more)
+            candidates, more = _pods.with_pod_source(candidates, args["pod_source"], objects, _cluster.merged_by_netaddr)
+            warnings.extend(more)
         document, more = _membership.build_document(
             candidates, {name: own["public_keys"] for name, own in settings.items()}, previous, {
                 "complete": complete, "why_incomplete": why_incomplete, "port": args["port"], "generations": args["generations"],
+                "pod_source": args["pod_source"],
                 "generation": args["current_generation"],
                 "forget_nodes": args["forget_nodes"], "exclude_nodes": args["exclude_nodes"], "service_cidrs": args["service_cidrs"],
                 "expect_new_keys": args["expect_new_keys"], "settings": settings, "problems": problems,
@@ -171,6 +179,35 @@ class ActionModule(ActionBase):
         if source in ("kubernetes", "kubectl", "file"):
             result["annotations"] = _membership.annotation_changes(candidates, document)
         return result
+
+    @staticmethod
+    def _check_pod_source(args, source):
+        if args["pod_source"] == _pods.NODE_CIDRS:
+            return
+        if source == "inventory":
+            raise MeshError("pod_source (mesh_pod_source) is %s, and the nodes come from the inventory, which knows nothing of pods; use"
+                            " source (mesh_nodes_source) kubernetes, kubectl or file, or node_cidrs with mesh_pod_cidrs of each host"
+                            % args["pod_source"])
+        if args["pod_cidrs_query"] not in (None, "", _membership.DEFAULT_QUERIES["pod_cidrs"]):
+            raise MeshError("pod_source (mesh_pod_source) is %s, and pod_cidrs_query (mesh_pod_cidrs_query) is given: only one of them can"
+                            " say where pod CIDRs come from; take one away" % args["pod_source"])
+
+    def _pod_objects(self, args, task_vars, source, items):
+        """``(Node objects, {kind: objects} of the pod source)``. Those of a list that is given or saved are in that list."""
+        resources = _pods.RESOURCES[args["pod_source"]]
+        if source == "kubernetes":
+            kubeconfig, found = _cluster.find_kubeconfig(args["kubeconfig"], os.environ, os.path.expanduser("~"))
+            return items, _cluster.api_items(kubeconfig, found, args["context"], resources)
+        if source == "kubectl":
+            return items, {resource.kind: self._kubectl_items(args, task_vars, resource) for resource in resources}
+        return _cluster.split_kinds(items, resources)
+
+    def _kubectl_items(self, args, task_vars, resource):
+        result, host = self._run_kubectl(args, task_vars, None, resource)
+        if result.get("failed") or result.get("rc") != 0:
+            raise _cluster.kubectl_error(result, host, args["kubectl_command"], resource)
+        where = "the output of %s on host %s" % (" ".join(args["kubectl_command"] + _cluster.kubectl_arguments(resource)), host)
+        return _cluster.list_items(_cluster.parse_listing(result["stdout"], where), resource)
 
     @staticmethod
     def _host_variables(own):
@@ -220,6 +257,9 @@ class ActionModule(ActionBase):
             items, why_incomplete = args["nodes"], "it was given to this run"
         elif source == "file":
             items, complete, why_incomplete = _membership.node_items(self._read_listing(args["nodes_file"]))
+            if args["pod_source"] != _pods.NODE_CIDRS and not complete:
+                raise MeshError("nodes_file: %s: %s, so it may lack objects that pod_source (mesh_pod_source) %s needs; save the whole list"
+                                % (args["nodes_file"], why_incomplete, args["pod_source"]))
         elif source == "kubernetes":
             kubeconfig, found = _cluster.find_kubeconfig(args["kubeconfig"], os.environ, os.path.expanduser("~"))
             items = _cluster.list_nodes(lookup_loader, self._loader, self._templar, task_vars, kubeconfig, found, args["context"])
@@ -246,13 +286,13 @@ class ActionModule(ActionBase):
             raise MeshError("nodes_file: %s cannot be read on the controller: %s" % (path, exc)) from None
         return _cluster.parse_listing(text, "nodes_file: %s" % path)
 
-    def _run_kubectl(self, args, task_vars, control_plane):
+    def _run_kubectl(self, args, task_vars, control_plane, resource=_pods.NODES):
         """``(result of the command module, host)``: kubectl runs where this task is delegated to."""
         host = str(self._task.delegate_to or task_vars.get("inventory_hostname"))
         if control_plane and host != control_plane and (args["kubectl_host"] or args["source"] == "auto"):
             raise MeshError("kubectl is to run on host %s, but this task runs on %s; add delegate_to: %s to the task"
                             % (control_plane, host, control_plane))
-        command = args["kubectl_command"] + ["get", "nodes", "-o", "json"]
+        command = args["kubectl_command"] + _cluster.kubectl_arguments(resource)
         display.vvv("kubemesh.wireguard.peers: %s on %s" % (" ".join(command), host))
         check_mode, self._task.check_mode = self._task.check_mode, False  # it only reads, and check mode needs what it reads
         try:

@@ -37,11 +37,13 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import sys
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     PORT_MAX,
     MeshError,
     canonical_cidr,
+    find_overlaps,
     is_peer,
     node_entry,
     shown,
@@ -115,12 +117,13 @@ def wanted_guard(doc, node, settings):
     guarded = [] if node in exempt else [
         name for name, entry in sorted(doc["nodes"].items())
         if name != node and entry["state"] != "excluded" and name not in exempt]
-    pods = [(interval(cidr), name) for name in guarded for cidr in doc["nodes"][name]["pod_cidrs"]]
+    pieces = pods_of(doc)
+    pods = [(piece, name) for name in guarded for piece in pieces[name]]
     if node not in exempt:
         pods += [(piece, "") for piece in rest_of_networks(doc, settings["pod_networks"], set(guarded))]
     prefixes = {
         "pods": pods,
-        "own_pods": [(interval(cidr), "") for cidr in own["pod_cidrs"]],
+        "own_pods": [(piece, "") for piece in pieces[node]],
         "nodes": [(interval(address), name) for name in guarded for address in doc["nodes"][name]["node_addresses"]],
         "exempt": [(interval(cidr), "") for cidr in settings["exempt_cidrs"]],
     }
@@ -135,6 +138,22 @@ def wanted_guard(doc, node, settings):
     return {
         "encrypt": settings["encrypt"], "fwmark": settings["fwmark"], "elements": elements, "guarded": len(guarded),
         "exempt": sorted(exempt), "warnings": warnings_of(doc, node, settings, guarded)}
+
+
+def pods_of(doc):
+    """{node: the intervals of its pods}: its pod CIDRs without what other nodes borrowed from them, which is theirs."""
+    cidrs = [(cidr, name) for name, entry in sorted(doc["nodes"].items()) for cidr in entry["pod_cidrs"]]
+    borrowed = {}
+    # Members overlap in this way only. Excluded nodes may have anything, and nothing of theirs is guarded.
+    for (wide, owner), (narrow, dummy) in find_overlaps(
+            cidrs, lambda wide, narrow: wide != narrow and doc["nodes"][wide]["state"] != "excluded", sys.maxsize):
+        if wide != narrow:
+            borrowed.setdefault((wide, owner), []).append(interval(narrow))
+    found = {name: [] for name in doc["nodes"]}
+    for cidr, name in cidrs:
+        holes = covered(borrowed.get((cidr, name), ()))
+        found[name] += without(interval(cidr), holes) if holes else [interval(cidr)]
+    return found
 
 
 def ports_of(doc):
@@ -228,6 +247,20 @@ def covered(intervals):
     return result
 
 
+def without(one, holes):
+    """The pieces of an interval that remain without holes, sorted and disjoint ones."""
+    version, first, last = one
+    pieces = []
+    for hole_version, hole_first, hole_last in holes:
+        if hole_version == version and first <= hole_last and hole_first <= last:
+            if first < hole_first:
+                pieces.append((version, first, hole_first - 1))
+            first = hole_last + 1
+    if first <= last:
+        pieces.append((version, first, last))
+    return pieces
+
+
 def rest_of_networks(doc, networks, guarded):
     """Intervals of the cluster's pod networks without what is not guarded: the pods of every other node, and all nodes themselves.
 
@@ -238,16 +271,8 @@ def rest_of_networks(doc, networks, guarded):
         holes += [interval(address) for address in entry["node_addresses"]]
         if name not in guarded:
             holes += [interval(cidr) for cidr in entry["pod_cidrs"]]
-    pieces, holes = [], covered(holes)
-    for version, first, last in covered([interval(cidr) for cidr in networks]):
-        for hole_version, hole_first, hole_last in holes:
-            if hole_version == version and first <= hole_last and hole_first <= last:
-                if first < hole_first:
-                    pieces.append((version, first, hole_first - 1))
-                first = hole_last + 1
-        if first <= last:
-            pieces.append((version, first, last))
-    return pieces
+    holes = covered(holes)
+    return [piece for one in covered([interval(cidr) for cidr in networks]) for piece in without(one, holes)]
 
 
 # --- as text for nft ---------------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     sorted_cidrs,
     validate_document,
 )
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._pods import NODE_CIDRS
 
 try:
     import jmespath
@@ -570,7 +571,7 @@ def overlap_problems(prefixes, kept=(), limit=200):
         for wide, wide_owner in enclosing:
             if not prefix_conflict(wide_owner, owner):
                 continue
-            remedy = _OVERLAP_REMEDIES[frozenset((owner[1], wide_owner[1]))]
+            remedy = _OVERLAP_REMEDIES[frozenset(what.replace("pod address", "pod CIDR") for what in (owner[1], wide_owner[1]))]
             gone = sorted({name for name in (owner[0], wide_owner[0]) if name in kept})
             if gone:
                 remedy += "; if %s is gone from the cluster, name it in forget_nodes" % " or ".join(gone)
@@ -649,10 +650,11 @@ def _document_endpoints(candidate, own, previous, addresses):
     return result
 
 
-def _document_pod_cidrs(candidate, own, previous):
+def _document_pod_cidrs(candidate, own, previous, moving):
+    """``moving``: whether the pod CIDRs of a node come and go, so that other ones than before say nothing."""
     if own is not None and own["pod_cidrs"] is not None:
         return own["pod_cidrs"]
-    if previous is not None and previous["pod_cidrs"] and (own is None or "mesh_pod_cidrs" in own["unresolved"]) and (
+    if not moving and previous is not None and previous["pod_cidrs"] and (own is None or "mesh_pod_cidrs" in own["unresolved"]) and (
             candidate["uid"] == previous["uid"] or not candidate["pod_cidrs"]):
         # spec.podCIDRs of a Node never changes once set (the API server refuses it), so other ones were set per host, in an
         # inventory that this run does not have.
@@ -683,7 +685,7 @@ def _entry(candidate, own, keys, previous, options, problems, warnings):
         addresses = previous["node_addresses"]
     addresses = node_address_order(addresses)
     entry = {"state": "member", "reason": "", "uid": candidate["uid"], "public_keys": {}, "endpoints": {},
-             "pod_cidrs": sorted_cidrs(_document_pod_cidrs(candidate, own, previous)),
+             "pod_cidrs": sorted_cidrs(_document_pod_cidrs(candidate, own, previous, options["pod_source"] != NODE_CIDRS)),
              "node_addresses": addresses, "probe_addresses": {}, "mtu": None, "keepalive": 0}
     if not entry["uid"] and previous is not None:
         entry["uid"] = previous["uid"]
@@ -731,6 +733,7 @@ _OPTION_DEFAULTS = {
     "awaited": (),           # nodes that will report a key later in this run
     "problems": (),          # found on the way here, reported with all others
     "overlaps": None,        # what finds overlaps; None: overlap_problems
+    "pod_source": NODE_CIDRS,  # where the pod CIDRs of the candidates come from, see _pods
 }
 
 
@@ -760,7 +763,7 @@ def _check_previous(candidates, previous, options, problems, warnings):
                         % name_list(again))
 
 
-def _check_pod_cidrs(nodes, previous, problems, warnings):
+def _check_pod_cidrs(nodes, previous, pod_source, problems, warnings):
     """Does anybody have a pod CIDR? A query that matches nothing, or a cluster that has none, would leave all traffic of pods in clear."""
     takes_part = {name for name, entry in nodes.items() if entry["state"] != "excluded"}
     if not takes_part or any(nodes[name]["pod_cidrs"] for name in takes_part):
@@ -771,10 +774,13 @@ def _check_pod_cidrs(nodes, previous, problems, warnings):
             if name in before and before[name]["pod_cidrs"] and before[name]["uid"] in ("", nodes[name]["uid"])}
     if lost:
         problems.append("no node has a pod CIDR any more, and %s had one in the last mesh document: all traffic of pods would go in clear;"
-                        " correct pod_cidrs_query or mesh_pod_cidrs; if it is meant, run the playbook disable first" % name_list(lost))
-    else:
+                        " correct %s or mesh_pod_cidrs; if it is meant, run the playbook disable first"
+                        % (name_list(lost), "pod_cidrs_query" if pod_source == NODE_CIDRS else "pod_source %s" % pod_source))
+    elif pod_source == NODE_CIDRS:
         warnings.append("no node has a pod CIDR: traffic of pods goes in clear; set mesh_pod_cidrs for each host, or a pod_cidrs_query that"
-                        " finds them in the Node objects")
+                        " finds them in the Node objects, or mesh_pod_source")
+    else:
+        warnings.append("no node has a pod CIDR: traffic of pods goes in clear; is pod_source %s right for this cluster?" % pod_source)
 
 
 def _kept_nodes(candidates, previous, options, warnings):
@@ -842,7 +848,7 @@ def build_document(members, keys, previous, options=None):
     for candidate in sorted(members, key=lambda member: member["name"]):
         name = candidate["name"]
         nodes[name] = _entry(candidate, options["settings"].get(name), keys.get(name, {}), before.get(name), options, problems, warnings)
-    _check_pod_cidrs(nodes, previous, problems, warnings)
+    _check_pod_cidrs(nodes, previous, options["pod_source"], problems, warnings)
     unknown = sorted(set(options["exclude_nodes"]) - set(nodes))
     if unknown:
         warnings.append("exclude_nodes: %s is not a node of this cluster" % name_list(unknown))
@@ -851,7 +857,8 @@ def build_document(members, keys, previous, options=None):
                 "nodes": nodes}
     services = _service_prefixes(options["service_cidrs"], problems)
     problems.extend(shared_identities(nodes, document["ports"]))
-    problems.extend((options["overlaps"] or overlap_problems)(prefixes_of(nodes) + services, kept))
+    problems.extend((options["overlaps"] or overlap_problems)(
+        prefixes_of(nodes, borrowed=options["pod_source"] == "calico_ipam") + services, kept))
     if problems:
         raise joined_error("the mesh document cannot be made, nothing was changed", problems)
     if previous is not None:

@@ -458,20 +458,30 @@ def shared_identities(nodes, ports):
 
 
 def prefix_conflict(one, other):
-    """Whether two ``(node name, what)`` must not overlap; ``what`` is ``pod CIDR``, ``node address``, ``endpoint`` or another range.
+    """Whether two ``(node name, what)`` must not overlap; ``what`` is ``pod CIDR``, ``pod address``, ``node address``, ``endpoint`` or
+    another range.
 
     An allowed IP belongs to one peer only, and outer packets must never match a tunnelled prefix. But an endpoint is one of the node's
-    own addresses, or another node's where a port is forwarded, and the pod CIDRs of one node may be nested.
+    own addresses, or another node's where a port is forwarded, and the pod CIDRs of one node may be nested. A pod address may be borrowed
+    from the pod CIDR of another node: the longer prefix wins, in WireGuard as in routing.
     """
     whats = {one[1], other[1]}
-    return one != other and not ("endpoint" in whats and whats <= {"endpoint", "node address"})
+    return one != other and whats != {"pod CIDR", "pod address"} and not ("endpoint" in whats and whats <= {"endpoint", "node address"})
 
 
-def prefixes_of(nodes):
-    """``(cidr, (node name, what))`` of everything in a document's ``nodes`` that can collide."""
+def is_host(cidr):
+    """Whether a canonical CIDR is a single address."""
+    return cidr.endswith("/128" if ":" in cidr else "/32")
+
+
+def prefixes_of(nodes, borrowed=False):
+    """``(cidr, (node name, what))`` of everything in a document's ``nodes`` that can collide.
+
+    ``borrowed``: whether a pod CIDR that is a single address may lie in that of another node, and is a pod address therefore.
+    """
     prefixes = []
     for name, entry in tunnelled_nodes(nodes):
-        prefixes.extend((cidr, (name, "pod CIDR")) for cidr in entry["pod_cidrs"])
+        prefixes.extend((cidr, (name, "pod address" if borrowed and is_host(cidr) else "pod CIDR")) for cidr in entry["pod_cidrs"])
         prefixes.extend((host_cidr(address), (name, "node address")) for address in entry["node_addresses"])
         prefixes.extend((host_cidr(endpoint["address"]), (name, "endpoint")) for endpoint in entry["endpoints"].values())
     return prefixes
@@ -479,14 +489,15 @@ def prefixes_of(nodes):
 
 def _overlap_findings(nodes):
     return ["node %s, %s %s: overlaps %s %s of node %s" % (narrow_name, narrow_what, narrow, wide_what, wide, wide_name)
-            for (wide, (wide_name, wide_what)), (narrow, (narrow_name, narrow_what)) in find_overlaps(prefixes_of(nodes), prefix_conflict)]
+            for (wide, (wide_name, wide_what)), (narrow, (narrow_name, narrow_what)) in find_overlaps(
+                prefixes_of(nodes, borrowed=True), prefix_conflict)]
 
 
 def validate_document(doc):
     """The document itself when it is one; `MeshError` with every finding otherwise.
 
     Checks types, canonical text, that probe addresses belong to their keys, and across nodes: no key, probe address or endpoint twice,
-    no overlapping allowed IPs, no endpoint or node address inside a pod CIDR.
+    no overlapping allowed IPs but borrowed addresses, no endpoint or node address inside a pod CIDR.
     """
     problems = []
     if isinstance(doc, dict) and "schema" in doc and (doc["schema"] != SCHEMA or isinstance(doc["schema"], bool)):

@@ -29,6 +29,7 @@ import textwrap
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import OVERHEAD, is_generation
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MTU_MIN_IPV6, family_of, shown
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._pods import NODE_CIDRS
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import PRIORITIES, rule_from_ip
 
 LEVELS = ("error", "warning")
@@ -72,7 +73,8 @@ DATA_PATHS = (
      "remedy": "use Weave's own encryption (WEAVE_PASSWORD) instead of this mesh"},
     {"name": "AWS VPC CNI", "links": ("eni",), "types": ("aws-cni",), "level": "warning",
      "why": "pods have addresses of the VPC and nodes have no pod CIDRs, so there is no prefix that could be routed into the mesh",
-     "remedy": "encrypt between nodes only (mesh_encrypt: nodes), or use instance types that encrypt in transit"},
+     "remedy": "encrypt between nodes only (mesh_encrypt: nodes), or use instance types that encrypt in transit; mesh_pod_source: pods "
+               "takes the addresses of the pods, and has to follow each of them"},
     {"name": "Calico", "links": ("cali", "vxlan.calico"), "types": ("calico",), "level": ""},
     {"name": "kube-router", "links": ("kube-bridge",), "level": ""},
     {"name": "Flannel", "links": ("flannel",), "types": ("flannel",), "level": ""},
@@ -188,26 +190,35 @@ def data_path(facts):
 
 def data_path_findings(facts, settings):
     """A data path that the mesh cannot steer, or whose addresses are not those that it would route."""
-    node, found = settings["node"], data_path(facts)
-    if found is not None and found["level"]:
+    node, found, follows = settings["node"], data_path(facts), settings["pod_source"] != NODE_CIDRS
+    # A warning is about pods without pod CIDRs.
+    if found is not None and found["level"] and not (follows and found["level"] == "warning"):
         yield finding(found["level"], "data path", node, "%s: %s" % (found["name"], found["why"]), found["remedy"], found["name"])
         return
     outside = pods_outside(facts["pod_routes"], settings["pod_cidrs"])
     if outside:
         prefixes = _some(["%s (%s)" % (item["prefix"], item["device"]) for item in outside])
+        if follows:
+            yield finding(
+                "warning", "pod CIDRs", node, "pods of this node have addresses that are not (yet) in what mesh_pod_source found: %s: "
+                "until they are, peers drop what these pods send through the mesh" % prefixes,
+                "if they are new, run the playbook reconcile; else see whether %s is the right mesh_pod_source" % settings["pod_source"],
+                outside[0]["prefix"])
+            return
         yield finding("error", "pod CIDRs", node, "the CNI gives pods of this node addresses that are not in its pod CIDRs %s: %s" % (
             ", ".join(settings["pod_cidrs"]), prefixes),
             "name the prefixes that its pods really use (mesh_pod_cidrs, mesh_pod_cidrs_query), or let the CNI use those of the Node "
             "object: peers drop packets from other addresses", outside[0]["prefix"])
-    elif "calico-ipam" in facts["cni"]["ipams"]:
+    elif "calico-ipam" in facts["cni"]["ipams"] and not follows:
         # A pool for each node, named in mesh_pod_cidrs, is the one way in which this can go well; then the blocks seen lie inside.
         inside = bool(facts["pod_routes"] and settings["pod_cidrs"])
         yield finding(
             "warning" if inside else "error", "pod CIDRs", node,
             "Calico's IPAM gives pods addresses from blocks that come and go, whatever the Node object says%s: peers drop packets of pods "
             "outside of the pod CIDRs of the mesh" % ("; those in use now are in the pod CIDRs" if inside else ""),
-            "use Calico's own WireGuard (wireguardEnabled: true in the FelixConfiguration), which follows the blocks; or host-local IPAM "
-            "with the pod CIDRs of the nodes (subnet: usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs", "calico-ipam")
+            "use Calico's own WireGuard (wireguardEnabled: true in the FelixConfiguration), which follows the blocks; or mesh_pod_source: "
+            "calico_ipam, which has to follow them by runs of reconcile; or host-local IPAM with the pod CIDRs of the nodes (subnet: "
+            "usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs", "calico-ipam")
 
 
 def pods_outside(pod_routes, pod_cidrs):
@@ -285,7 +296,7 @@ def _is_our_rule(item, settings):
 
 
 def _is_our_route(route, settings):
-    return is_generation(route["device"], settings["interface"] + "0") or route["type"] in ("unreachable", "7")
+    return is_generation(route["device"], settings["interface"] + "0") or route["type"] in ("unreachable", "7", "throw", "9")
 
 
 def _earlier_rule(item, text, facts, settings):

@@ -26,6 +26,8 @@ ROUTES_FILES = {"ipv4": "/etc/kubemesh/routes-ipv4.batch", "ipv6": "/etc/kubemes
 RESTORE_SCRIPT = "/etc/kubemesh/restore-routes"
 # What may make the device at boot; one that is not there is no obstacle.
 DEVICE_UNITS = ("wg-quick@%s.service", "kubemesh-device@%s.service", "kubemesh-userspace@%s.service")
+# Prefixes of local pods for which the way to every peer is asked: one rule serves them all, or each has one that was made alike.
+POD_CIDRS_TRIED = 8
 RULES_FILES = {"ipv4": "/etc/kubemesh/rules-ipv4.batch", "ipv6": "/etc/kubemesh/rules-ipv6.batch"}
 
 
@@ -129,27 +131,31 @@ def wrong_paths(system, state, pod_cidrs):
         rules = [rule for rule in state["rules"] if rule["family"] == family]
         routes = [route for route in state["routes"] if route["family"] == family and route["dev"]]
         for table in sorted({rule["table"] for rule in rules}):
-            targets = {route["dst"]: route["dev"] for route in routes if route["table"] == table}
+            probes = plan.probes_of([route for route in state["routes"] if route["family"] == family and route["table"] == table],
+                                    [cidr for cidr in pod_cidrs if plan.family_of(cidr) == family])
+            targets = {route["dst"]: route["dev"] for route in routes if route["table"] == table and probes[route["dst"]]}
             sources = {rule["from"] for rule in rules if rule["table"] == table}
             if targets and "" in sources:
-                lines = ["route get %s" % plan.address_in(target) for target in targets]
-                wrong += wrong_answers(system, family, lines, targets, "from this host")
+                lines = ["route get %s" % probes[target] for target in targets]
+                wrong += wrong_answers(system, family, lines, targets, probes, "from this host")
+            tried = 0
             for cidr in pod_cidrs:
-                pod = plan.address_in(cidr)
-                device = local_device(system, pod) if targets and plan.family_of(cidr) == family and sources & {"", cidr} else None
+                pod = probes.get(cidr)
+                device = local_device(system, pod) if targets and pod and sources & {"", cidr} and tried < POD_CIDRS_TRIED else None
                 # Without pods there is no device that their packets could come from.
                 if device:
-                    lines = ["route get %s from %s iif %s" % (plan.address_in(target), pod, device) for target in targets]
-                    wrong += wrong_answers(system, family, lines, targets, "from pods in %s" % cidr)
+                    tried += 1
+                    lines = ["route get %s from %s iif %s" % (probes[target], pod, device) for target in targets]
+                    wrong += wrong_answers(system, family, lines, targets, probes, "from pods in %s" % cidr)
     return wrong
 
 
-def wrong_answers(system, family, lines, targets, whence):
-    """The targets, {prefix: device}, for which ``ip route get`` names another device."""
+def wrong_answers(system, family, lines, targets, probes, whence):
+    """The targets, {prefix: device}, for which ``ip route get`` names another device; ``probes``: {prefix: address that was asked for}."""
     answers = plan.devices_of_answers(system.ip_answers(family, lines))
     return [
-        "%s by %s (%s)" % (target, answers.get(plan.address_in(target)) or "no route", whence)
-        for target, device in targets.items() if answers.get(plan.address_in(target)) != device]
+        "%s by %s (%s)" % (target, answers.get(probes[target]) or "no route", whence)
+        for target, device in targets.items() if answers.get(probes[target]) != device]
 
 
 def local_device(system, address):

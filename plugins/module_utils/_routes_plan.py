@@ -9,8 +9,8 @@
 
 Pure: standard library only, no I/O, no clock, Python 3.8 and newer.
 
-A *route* is ``{"family", "table": int, "dst": CIDR text, "dev": device or "", "type": "unicast"|"unreachable", "src": address or "",
-"mtu": bytes or 0, "peer": node name or ""}``; its identity is (table, dst). A *rule* is ``{"family", "priority": int, "table": int,
+A *route* is ``{"family", "table": int, "dst": CIDR text, "dev": device or "", "type": "unicast"|"unreachable"|"throw", "src": address
+or "", "mtu": bytes or 0, "peer": node name or ""}``; its identity is (table, dst). A *rule* is ``{"family", "priority": int, "table": int,
 "from": CIDR text or "", "not_fwmark": mark or 0}``; all of it is its identity. A *state* is ``{"routes": [...], "rules": [...]}``.
 
 A table is complete before a rule points to it, and is emptied only after no rule does: so every prefix of a plan is safe, and what
@@ -20,10 +20,12 @@ moves the traffic of a node is one rule (invariant I1).
 from __future__ import annotations
 
 import ipaddress
+import sys
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     MeshError,
     family_of,
+    find_overlaps,
     local_pod_cidrs,
     mesh_mtu,
     primary_addresses,
@@ -82,7 +84,21 @@ def wanted_state(doc, node, settings, proven, present):
                 "mtu": peer_mtu if peer_mtu and own_mtu and peer_mtu < own_mtu else 0,
                 "peer": peer,
             })
+    routes += exceptions(doc, settings["table"], [route for route in routes if route["table"] == settings["table"]])
     return {"routes": sorted(routes, key=route_order), "rules": wanted_rules(doc, node, settings) if settings["send"] else []}
+
+
+def exceptions(doc, table, routes):
+    """Routes that lead out of the table what must not follow the wider route around it.
+
+    An address that a node borrowed from the block of another lies in the route to that one. On the node itself it is a pod of its own; and
+    where the node has no tunnel (yet) it must go the CNI's way: ``throw`` ends the lookup in this table, and the next rule decides.
+    """
+    routed = {route["dst"] for route in routes}
+    others = {(cidr, "") for entry in doc["nodes"].values() for cidr in entry["pod_cidrs"] if cidr not in routed}
+    found = find_overlaps([(cidr, "routed") for cidr in routed] + sorted(others), limit=sys.maxsize)
+    return [{"family": family_of(dst), "table": table, "dst": dst, "dev": "", "type": "throw", "src": "", "mtu": 0, "peer": ""}
+            for dst in sorted({narrow for dummy, (narrow, owner) in found if not owner})]
 
 
 def is_inside(cidr, networks):
@@ -132,12 +148,13 @@ def plan_routes(current, wanted):
     """Steps from one state to another: routes in, rules in, rules out, routes out.
 
     Steps: {"op": "replace_route" | "remove_route", "route"}, {"op": "add_rule" | "remove_rule", "rule"}. A route that changes is replaced
-    in one kernel operation; a rule that stays is never touched.
+    in one kernel operation; a rule that stays is never touched. What is led out of a table is so before the wider route around it is there,
+    and until that is gone: in their order, wider routes come first.
     """
     have = {(route["table"], route["dst"]): route for route in current["routes"]}
     want = {(route["table"], route["dst"]): route for route in wanted["routes"]}
     steps = []
-    for key in sorted(want, key=lambda key: route_order(want[key])):
+    for key in sorted(want, key=lambda key: (want[key]["type"] != "throw", route_order(want[key]))):
         if key not in have or not same_route(have[key], want[key]):
             steps.append({"op": "replace_route", "route": want[key]})
     have_rules = {rule_order(rule): rule for rule in current["rules"]}
@@ -188,7 +205,7 @@ def moved_destinations(current, wanted):
 
 def route_text(route):
     """One route as ``ip route`` would take it, the peer's name as a comment."""
-    parts = ["unreachable", route["dst"]] if route["type"] == "unreachable" else [route["dst"], "dev", route["dev"]]
+    parts = [route["dst"], "dev", route["dev"]] if route["type"] == "unicast" else [route["type"], route["dst"]]
     parts += ["table", str(route["table"])]
     if route["src"]:
         parts += ["src", route["src"]]
@@ -220,7 +237,8 @@ def state_as_text(state, names=None):
 
 # --- what `ip -j -N` prints --------------------------------------------------------------------------------------------------------------
 
-ROUTE_TYPES = {"1": "unicast", "7": "unreachable", "unicast": "unicast", "unreachable": "unreachable"}
+# Numbers: include/uapi/linux/rtnetlink.h
+ROUTE_TYPES = {"1": "unicast", "7": "unreachable", "9": "throw", "unicast": "unicast", "unreachable": "unreachable", "throw": "throw"}
 
 
 def route_from_ip(item, family, table):
@@ -303,7 +321,7 @@ def routes_of_batch(text, family):
         peer = words[words.index("#") + 1] if "#" in words and words.index("#") + 1 < len(words) else ""
         if "#" in words:
             words = words[:words.index("#")]
-        kind, rest = ("unreachable", words[3:]) if words[2] == "unreachable" else ("unicast", words[2:])
+        kind, rest = (words[2], words[3:]) if words[2] in ("unreachable", "throw") else ("unicast", words[2:])
         options = dict(zip(rest[1::2], rest[2::2]))
         try:
             routes.append({
@@ -345,10 +363,31 @@ def rules_of_batch(text, family):
 
 # --- which way the kernel takes -----------------------------------------------------------------------------------------------------------
 
-def address_in(cidr):
-    """An address of a prefix that is neither its first nor, where there is room, its second: those are often the node's own."""
+ADDRESSES_TRIED = 4096  # of a prefix, for one that no narrower route takes out of it; Calico's largest block
+
+
+def address_in(cidr, nested=()):
+    """An address of a prefix that is neither its first nor, where there is room, its second: those are often the node's own.
+
+    ``nested``: narrower prefixes in it that lead elsewhere; None where they leave no address.
+    """
     network = ipaddress.ip_network(cidr)
-    return str(network.network_address + min(9, network.num_addresses - 1))
+    inner = [ipaddress.ip_network(text) for text in nested]
+    start = min(9, network.num_addresses - 1)
+    for offset in range(min(network.num_addresses, ADDRESSES_TRIED)):
+        address = network.network_address + (start + offset) % network.num_addresses
+        if not any(address in other for other in inner):
+            return str(address)
+    return None
+
+
+def probes_of(routes, cidrs):
+    """{prefix: an address in it that nothing narrower of ``routes`` or ``cidrs`` takes out, or None} for the prefixes of both."""
+    prefixes = {route["dst"] for route in routes} | set(cidrs)
+    nested = {}
+    for (wide, dummy), (narrow, dummy2) in find_overlaps([(cidr, cidr) for cidr in prefixes], limit=sys.maxsize):
+        nested.setdefault(wide, []).append(narrow)
+    return {cidr: address_in(cidr, nested.get(cidr, ())) for cidr in prefixes}
 
 
 def devices_of_answers(text):

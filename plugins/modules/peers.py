@@ -122,6 +122,20 @@ options:
       - JMESPath expression for the pod CIDRs of a Node object.
     type: str
     default: spec.podCIDRs || [spec.podCIDR]
+  pod_source:
+    description:
+      - Where the prefixes of each node's pods come from.
+      - V(node_cidrs) takes O(pod_cidrs_query) of the Node objects.
+      - V(pods) takes the addresses of all pods that are not on the host's network, merged to as few prefixes as cover exactly them.
+      - V(calico_ipam) takes the blocks of Calico's own IPAM (BlockAffinity objects of C(crd.projectcalico.org)), and what one node borrowed
+        from the block of another (IPAMBlock objects) as single addresses.
+      - V(cilium) takes the CIDRs and addresses of CiliumNode objects (C(cilium.io)).
+      - With O(source=file) and with O(nodes) these objects are expected in the same list. With O(source=inventory) there are none, and it
+        is refused.
+      - The variable C(mesh_pod_cidrs) of a host counts more.
+    type: str
+    choices: [node_cidrs, pods, calico_ipam, cilium]
+    default: node_cidrs
   endpoint_query:
     description:
       - JMESPath expression for the addresses, with or without port, at which other nodes reach this one. Empty means the node's addresses.
@@ -199,6 +213,7 @@ options:
     type: bool
     default: false
 notes:
+  - O(pod_source) other than V(node_cidrs) needs the right to list pods, or blockaffinities and ipamblocks, or ciliumnodes, besides nodes.
   - An unreachable API is only noticed after the client's own timeouts. Use the task keyword C(timeout) where that takes too long.
 seealso:
   - module: kubemesh.wireguard.keypair
@@ -230,6 +245,13 @@ EXAMPLES = r"""
     node: worker-1
   delegate_to: localhost
   register: worker_1
+
+- name: A cluster with Calico's own IPAM
+  kubemesh.wireguard.peers:
+    pod_source: calico_ipam
+    dest: ./mesh.json
+  delegate_to: localhost
+  run_once: true
 
 - name: Two machines without Kubernetes
   kubemesh.wireguard.peers:
@@ -435,6 +457,7 @@ ARGUMENT_SPEC = {
     "previous": {"type": "list", "elements": "path"},
     "node_addresses_query": {"type": "str", "default": "status.addresses[?type=='InternalIP'].address"},
     "pod_cidrs_query": {"type": "str", "default": "spec.podCIDRs || [spec.podCIDR]"},
+    "pod_source": {"type": "str", "choices": ["node_cidrs", "pods", "calico_ipam", "cilium"], "default": "node_cidrs"},
     "endpoint_query": {"type": "str", "default": ""},
     "excluded_query": {"type": "str", "default": 'metadata.annotations."kubemesh.wireguard/excluded"'},
     "service_cidrs": {"type": "list", "elements": "str", "default": []},

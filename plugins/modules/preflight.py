@@ -84,6 +84,17 @@ options:
       - pods
       - nodes
     default: pods
+  pod_source:
+    description:
+      - Where the pod CIDRs of the nodes come from, as in M(kubemesh.wireguard.peers). All but V(node_cidrs) follow the pods, so a pod that
+        is outside of them is only newer than they are.
+    type: str
+    choices:
+      - node_cidrs
+      - pods
+      - calico_ipam
+      - cilium
+    default: node_cidrs
   implementation:
     description:
       - What will make the device, as in M(kubemesh.wireguard.interface).
@@ -357,7 +368,7 @@ def settings_of(params, data):
         raise MeshError("timeout and listen_seconds must be above 0, and listen_seconds at most %d" % LISTEN_SECONDS_MOST)
     entry = data["nodes"].get(params["node"]) if isinstance(data, dict) and isinstance(data.get("nodes"), dict) else None
     known = {name: params[name] if params[name] is not None else (entry or {}).get(name, []) for name in ("pod_cidrs", "node_addresses")}
-    names = ("node", "interface", "table", "rule_priority", "fwmark", "encrypt", "implementation", "persistence", "mtu")
+    names = ("node", "interface", "table", "rule_priority", "fwmark", "encrypt", "pod_source", "implementation", "persistence", "mtu")
     return dict({name: params[name] for name in names}, ports=[params["port"], params["port"] + 1],
                 pod_cidrs=[canonical_cidr(text) for text in known["pod_cidrs"]],
                 node_addresses=[canonical_address(text) for text in known["node_addresses"]])
@@ -499,6 +510,7 @@ def main():
             "rule_priority": {"type": "int", "default": 400},
             "fwmark": {"type": "int", "default": 4096},
             "encrypt": {"type": "str", "choices": ["pods", "nodes"], "default": "pods"},
+            "pod_source": {"type": "str", "choices": ["node_cidrs", "pods", "calico_ipam", "cilium"], "default": "node_cidrs"},
             "implementation": {"type": "str", "choices": ["auto", "kernel", "userspace"], "default": "auto"},
             "persistence": {"type": "str", "choices": ["auto", "wg-quick", "systemd-networkd", "none"], "default": "auto"},
             "mtu": {"type": "int"},

@@ -21,13 +21,36 @@ import yaml
 from ansible.errors import AnsibleError
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._membership import node_items
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, canonical_cidr, shown
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._pods import NODES, kubectl_name
+
+try:
+    import netaddr
+except ImportError:
+    netaddr = None  # _membership.require_libraries says so
 
 LOOKUP = "kubernetes.core.k8s"
-NODES_PATH = "/api/v1/nodes"
+PAGE_SIZE = 500  # objects; what Kubernetes' own clients take (client-go, tools/pager)
+PAGE_TIMEOUT = 60  # seconds for one page; the API server gives up a request after as many (--request-timeout)
 
-_RIGHTS = ("give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
-           " published as annotations)")
+
+def _rights(resource):
+    """What whoever asks needs, for messages."""
+    if resource == NODES:
+        return ("give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
+                " published as annotations)")
+    return "give it a ClusterRole with apiGroups ['%s'], resources [%s] and verbs [list]" % (resource.group, resource.plural)
+
+
+def _no_resource(resource):
+    """What to say where the API does not know a resource."""
+    return ("this cluster has no %s (%s): it does not use %s, or that keeps its data elsewhere, such as in an etcd of its own; set"
+            " pod_source (mesh_pod_source) to what the cluster has" % (resource.plural, resource.group or "v1", resource.owner))
+
+
+def merged_by_netaddr(texts):
+    """`_pods.merged_prefixes` by netaddr, which is faster for many."""
+    return [canonical_cidr(str(network)) for network in netaddr.cidr_merge(list(texts))]
 
 
 def _existing(paths):
@@ -121,25 +144,29 @@ def _status_message(body):
         return ""
 
 
-def api_error(exc, found, details):
+def api_error(exc, found, details, resource=NODES):
     """`MeshError` for an exception of the Kubernetes client: what happened, with which kubeconfig, as whom, and what helps."""
+    listing = "listing " + resource.plural
     who = "%s%s" % (found or "in-cluster configuration", ", context %(context)s, user %(user)s" % details if details else "")
     server = details["server"] if details and details["server"] != "unknown" else "of the Kubernetes API"
     status, message = getattr(exc, "status", None), _status_message(getattr(exc, "body", None))
     if status == 401:
-        return MeshError("listing nodes: the API server %s does not accept the credentials (401 %s) of %s; renew them: kubectl get nodes"
-                         " with the same kubeconfig must work" % (server, message or "Unauthorized", who))
+        return MeshError("%s: the API server %s does not accept the credentials (401 %s) of %s; renew them: kubectl get nodes"
+                         " with the same kubeconfig must work" % (listing, server, message or "Unauthorized", who))
     if status == 403:
-        return MeshError("listing nodes: the API server %s refuses it (403 %s) to %s; %s" % (server, message or "Forbidden", who, _RIGHTS))
+        return MeshError("%s: the API server %s refuses it (403 %s) to %s; %s"
+                         % (listing, server, message or "Forbidden", who, _rights(resource)))
+    if status == 404 and resource.group:
+        return MeshError("%s: the API server %s answers 404: %s" % (listing, server, _no_resource(resource)))
     if status is not None:
-        return MeshError("listing nodes: the API server %s answers %s %s to %s"
-                         % (server, status, message or getattr(exc, "reason", ""), who))
+        return MeshError("%s: the API server %s answers %s %s to %s"
+                         % (listing, server, status, message or getattr(exc, "reason", ""), who))
     text = " ".join(str(exc).split())
     if type(exc).__name__ in ("MaxRetryError", "ConnectTimeoutError", "NewConnectionError", "ProtocolError", "SSLError"):
         cause = getattr(exc, "reason", None)
-        return MeshError("listing nodes: the API server %s cannot be reached (%s) with %s; check the address in the kubeconfig, the network"
-                         " and its certificate" % (server, shown(" ".join(str(cause or text).split()), 300), who))
-    return MeshError("listing nodes with %s failed: %s" % (who, shown(text, 500) if text else type(exc).__name__))
+        return MeshError("%s: the API server %s cannot be reached (%s) with %s; check the address in the kubeconfig, the network"
+                         " and its certificate" % (listing, server, shown(" ".join(str(cause or text).split()), 300), who))
+    return MeshError("%s with %s failed: %s" % (listing, who, shown(text, 500) if text else type(exc).__name__))
 
 
 def list_nodes(lookup_loader, loader, templar, variables, kubeconfig, found, context):
@@ -185,8 +212,26 @@ def api_client(auth, found, details):
         raise api_error(exc, found, details) from None
 
 
-def list_pages(client, found, details, label_selector, page_size, timeout):
-    """All Node objects from the API, ``page_size`` at a time. Raises `MeshError`.
+def api_items(kubeconfig, found, context, resources):
+    """``{kind: [objects]}`` of several resources from the API. Raises `MeshError`."""
+    details = describe_kubeconfig(kubeconfig, context) if kubeconfig else None
+    auth = {name: value for name, value in (("kubeconfig", kubeconfig), ("context", context)) if value}
+    client = api_client(auth, found, details)
+    return {resource.kind: list_pages(client, found, details, None, PAGE_SIZE, PAGE_TIMEOUT, resource) for resource in resources}
+
+
+def list_items(listing, resource):
+    """The objects of a parsed answer of the API, or of ``kubectl get``, for one page or all. Raises `MeshError` for anything else."""
+    if resource == NODES:
+        return node_items(listing)[0]
+    kind = listing.get("kind") if isinstance(listing, dict) else None
+    if kind not in (resource.kind + "List", "List") or not isinstance(listing.get("items"), list):
+        raise MeshError("listing %s: the answer is of kind %s, expected %sList with items" % (resource.plural, shown(kind), resource.kind))
+    return listing["items"]
+
+
+def list_pages(client, found, details, label_selector, page_size, timeout, resource=NODES):
+    """All objects of a resource from the API, ``page_size`` at a time. Raises `MeshError`.
 
     ``timeout``: seconds for each page. The pages are of one moment. Where their token expires between two of them, the list is asked for
     once more as a whole, as Kubernetes' own clients do.
@@ -194,34 +239,44 @@ def list_pages(client, found, details, label_selector, page_size, timeout):
     items, token = [], None
     while True:
         try:
-            response = client.request("get", NODES_PATH, limit=page_size, _continue=token, label_selector=label_selector,
-                                      serialize=False, _request_timeout=timeout)
+            response = client.request("get", resource.path, limit=page_size, _continue=token, label_selector=label_selector,
+                                      field_selector=resource.selector or None, serialize=False, _request_timeout=timeout)
             listing = json.loads(response.data)
         except ValueError as exc:
-            raise MeshError("listing nodes: the answer of the API is no JSON (%s); is the server behind %s a Kubernetes API?"
-                            % (exc, found or "the in-cluster configuration")) from None
+            raise MeshError("listing %s: the answer of the API is no JSON (%s); is the server behind %s a Kubernetes API?"
+                            % (resource.plural, exc, found or "the in-cluster configuration")) from None
         except Exception as exc:  # noqa: BLE001  see above
             if token and getattr(exc, "status", None) == 410:
                 items, token, page_size = [], None, None
                 continue
-            raise api_error(exc, found, details) from None
-        page, last, dummy = node_items(listing)
-        items.extend(page)
-        if last:
+            raise api_error(exc, found, details, resource) from None
+        items.extend(list_items(listing, resource))
+        metadata = listing.get("metadata")
+        token = metadata.get("continue") if isinstance(metadata, dict) else None
+        if not token:
             return items
-        token = listing["metadata"]["continue"]
 
 
-def kubectl_error(result, host, command):
-    """`MeshError` for a failed ``kubectl get nodes``: ``result`` is that of the command module."""
+def kubectl_arguments(resource):
+    """What kubectl is told to list a resource; it asks for pages by itself."""
+    if resource == NODES:
+        return ["get", "nodes", "-o", "json"]
+    arguments = ["get", kubectl_name(resource), "--all-namespaces", "-o", "json"]
+    return arguments + (["--field-selector", resource.selector] if resource.selector else [])
+
+
+def kubectl_error(result, host, command, resource=NODES):
+    """`MeshError` for a failed ``kubectl get``: ``result`` is that of the command module."""
     text = " ".join((str(result.get("stderr") or "") or str(result.get("msg") or "")).split())
-    where = "listing nodes with %s on host %s" % (" ".join(command), host)
+    where = "listing %s with %s on host %s" % (resource.plural, " ".join(command), host)
     lower = text.lower()
     if kubectl_missing(result):
         return MeshError("%s: there is no such command; give kubectl_command (k3s: [k3s, kubectl]), or another kubectl_host or source"
                          % where)
     if "forbidden" in lower:
-        return MeshError("%s is refused: %s; %s" % (where, shown(text, 300), _RIGHTS))
+        return MeshError("%s is refused: %s; %s" % (where, shown(text, 300), _rights(resource)))
+    if resource.group and ("doesn't have a resource type" in lower or "could not find the requested resource" in lower):
+        return MeshError("%s: %s" % (where, _no_resource(resource)))
     if "unauthorized" in lower or "must be logged in" in lower or "provide credentials" in lower:
         return MeshError("%s: the API server does not accept the credentials: %s; renew the kubeconfig of that host"
                          % (where, shown(text, 300)))
@@ -239,6 +294,24 @@ def kubectl_missing(result):
     text = "%s %s" % (result.get("msg"), result.get("stderr"))
     return result.get("rc") == 127 or (
         result.get("rc") == 2 and any(words in text for words in ("No such file or directory", "Error executing command")))
+
+
+def split_kinds(items, resources):
+    """``(Node objects, {kind: objects})`` of one list that holds both; short descriptions of nodes count as Node objects.
+
+    Raises `MeshError` where a list has no object of a resource: it was saved without them, and would read as "no pods".
+    """
+    kinds = {resource.kind: [] for resource in resources}
+    nodes = []
+    for item in items:
+        kind = item.get("kind") if isinstance(item, dict) else None
+        (kinds[kind] if isinstance(kind, str) and kind in kinds else nodes).append(item)
+    missing = [resource for resource in resources if not kinds[resource.kind]]
+    if missing:
+        names = ",".join(["nodes"] + [kubectl_name(resource) for resource in resources])
+        raise MeshError("the list of nodes that was given holds no %s objects, which pod_source (mesh_pod_source) needs; save the output"
+                        " of: kubectl get %s --all-namespaces -o json" % (" and no ".join(resource.kind for resource in missing), names))
+    return nodes, kinds
 
 
 def parse_listing(text, where):

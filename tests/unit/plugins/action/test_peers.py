@@ -37,6 +37,8 @@ FIXTURES = os.path.join(HERE, "..", "..", "fixtures", "k8s")
 NODES_FILE = os.path.join(FIXTURES, "nodes.json")
 # the directory that holds ansible_collections, as this test was imported from
 COLLECTIONS = os.path.abspath(os.path.join(os.path.dirname(peers.__file__), "..", "..", "..", "..", ".."))
+sys.path.insert(0, os.path.abspath(os.path.join(HERE, "..", "..", "..", "api")))
+import apiserver
 
 
 def key(number):
@@ -560,6 +562,195 @@ class TestKubernetes:
                 handle.write(text)
         assert said in run(dict(args, kubeconfig=kubeconfig))["msg"]
         assert not lookup.run.called
+
+
+# --- pod sources ---------------------------------------------------------------------------------------------------------------------
+
+def pod(name, node, *addresses):
+    return {"kind": "Pod", "metadata": {"name": name, "namespace": "default"}, "spec": {"nodeName": node},
+            "status": {"phase": "Running", "podIPs": [{"ip": address} for address in addresses]}}
+
+
+def affinity(cidr, node):
+    return {"kind": "BlockAffinity", "metadata": {"name": "%s-%s" % (node, cidr.replace("/", "-").replace(".", "-"))},
+            "spec": {"cidr": cidr, "node": node, "state": "confirmed", "deleted": "false"}}
+
+
+def ipam_block(cidr, node, allocations):
+    places = [None] * 4
+    for ordinal in allocations:
+        places[ordinal] = sorted(allocations).index(ordinal)
+    return {"kind": "IPAMBlock", "metadata": {"name": cidr.replace("/", "-").replace(".", "-")}, "spec": {
+        "cidr": cidr, "affinity": "host:" + node, "allocations": places, "deleted": False,
+        "attributes": [{"handle_id": "h", "secondary": {"node": allocations[ordinal]}} for ordinal in sorted(allocations)]}}
+
+
+PODS = [pod("p1", "worker-1", "10.9.0.2"), pod("p2", "worker-1", "10.9.0.3"), pod("p3", "worker-2", "10.9.0.4", "fd09::4"),
+        pod("p4", "worker-1", "10.9.0.8"), pod("p5", "worker-2", "10.9.0.9")]
+OF_PODS = {"cp-1": [], "worker-1": ["10.9.0.2/31", "10.9.0.8/32"], "worker-2": ["10.9.0.4/32", "10.9.0.9/32", "fd09::4/128"]}
+CALICO = [affinity("10.9.0.0/30", "worker-1"), affinity("10.9.0.4/30", "worker-2"), affinity("10.9.0.8/30", "worker-2"),
+          ipam_block("10.9.0.0/30", "worker-1", {0: "worker-1", 2: "worker-2"}), ipam_block("10.9.0.4/30", "worker-2", {0: "worker-2"})]
+OF_CALICO = {"cp-1": [], "worker-1": ["10.9.0.0/30"], "worker-2": ["10.9.0.2/32", "10.9.0.4/30", "10.9.0.8/30"]}
+CILIUM = [{"kind": "CiliumNode", "metadata": {"name": "worker-1"}, "spec": {"ipam": {"podCIDRs": ["10.9.1.0/24"]}}}]
+OF_CILIUM = {"cp-1": [], "worker-1": ["10.9.1.0/24"], "worker-2": []}
+POD_SOURCES = [("pods", PODS, OF_PODS), ("calico_ipam", CALICO, OF_CALICO), ("cilium", CILIUM, OF_CILIUM)]
+PLURALS = {"Pod": "pods", "BlockAffinity": "blockaffinities", "IPAMBlock": "ipamblocks", "CiliumNode": "ciliumnodes"}
+
+
+def nodes_list():
+    with open(NODES_FILE, encoding="utf-8") as handle:
+        return json.load(handle)
+
+
+def pod_cidrs(result):
+    assert not result.get("failed"), result["msg"]
+    return {name: result["document"]["nodes"][name]["pod_cidrs"] for name in OF_PODS}
+
+
+class TestPodSources:
+
+    @pytest.mark.parametrize(("source", "objects", "wanted"), POD_SOURCES)
+    @pytest.mark.parametrize("saved", [True, False])
+    def test_in_one_list(self, run, tmp_path, source, objects, wanted, saved):
+        listing = dict(nodes_list(), kind="List")
+        listing["items"] = objects + [dict(item, kind="Node") for item in listing["items"]]
+        path = tmp_path / "cluster.json"
+        path.write_text(json.dumps(listing))
+        given = {"nodes_file": str(path)} if saved else {"nodes": listing["items"]}
+        assert pod_cidrs(run(dict(given, pod_source=source, return_document=True), INVENTORY)) == wanted
+
+    def test_of_a_list_without_them(self, run, tmp_path):
+        said = run({"nodes_file": NODES_FILE, "pod_source": "calico_ipam"}, INVENTORY)["msg"]
+        assert "holds no BlockAffinity and no IPAMBlock objects" in said
+        assert "kubectl get nodes,blockaffinities.crd.projectcalico.org,ipamblocks.crd.projectcalico.org --all-namespaces -o json" in said
+        listing = nodes_list()
+        listing["items"] += PODS
+        path = tmp_path / "page.json"
+        path.write_text(json.dumps(dict(listing, metadata={"continue": "abc"})))
+        said = run({"nodes_file": str(path), "pod_source": "pods", "nodes_complete": True}, INVENTORY)["msg"]
+        assert "one page of a longer list" in said and "save the whole list" in said
+
+    def test_what_does_not_go_together(self, run):
+        inventory = {"all": {"hosts": {"a": {"mesh_pod_cidrs": ["10.1.0.0/24"], "mesh_node_addresses": ["198.18.0.1"]}}}}
+        for more in ({}, {"discover": True}, {"source": "inventory"}):
+            result = run(dict(more, pod_source="pods"), inventory)
+            assert result["failed"] and "the nodes come from the inventory, which knows nothing of pods" in result["msg"]
+        said = run({"nodes_file": NODES_FILE, "pod_source": "pods", "pod_cidrs_query": "spec.x"}, INVENTORY)["msg"]
+        assert "only one of them can say where pod CIDRs come from" in said
+
+    def test_what_a_host_says_counts_more(self, run):
+        inventory = {"all": {"hosts": {"worker-1": {"mesh_pod_cidrs": ["10.8.0.0/24"]}}}}
+        result = run({"nodes": nodes_list()["items"] + PODS, "pod_source": "pods", "return_document": True}, inventory)
+        assert pod_cidrs(result) == dict(OF_PODS, **{"worker-1": ["10.8.0.0/24"]})
+
+    @pytest.mark.parametrize(("source", "objects", "wanted"), POD_SOURCES)
+    def test_kubectl(self, run, source, objects, wanted):
+        seen = []
+
+        def command(module_name, module_args, task_vars):
+            seen.append(module_args["argv"])
+            plural = module_args["argv"][3].split(".")[0]
+            items = nodes_list()["items"] if plural == "nodes" else [item for item in objects if PLURALS[item["kind"]] == plural]
+            return {"rc": 0, "stdout": json.dumps({"kind": "List", "apiVersion": "v1", "items": items}), "stderr": ""}
+
+        args = {"source": "kubectl", "kubectl_command": ["k3s", "kubectl"], "pod_source": source, "return_document": True}
+        assert pod_cidrs(run(args, {"kube_control_plane": {"hosts": {"cp-1": {}}}}, delegate_to="cp-1", command=command)) == wanted
+        assert [argv[3] for argv in seen[1:]] == {
+            "pods": ["pods"], "calico_ipam": ["blockaffinities.crd.projectcalico.org", "ipamblocks.crd.projectcalico.org"],
+            "cilium": ["ciliumnodes.cilium.io"]}[source]
+        if source == "pods":
+            assert seen[1] == ["k3s", "kubectl", "get", "pods", "--all-namespaces", "-o", "json", "--field-selector",
+                               "spec.nodeName!=,status.phase!=Succeeded,status.phase!=Failed"]
+
+    @pytest.mark.parametrize(("answer", "said"), [
+        ({"rc": 1, "stderr": 'Error from server (Forbidden): blockaffinities.crd.projectcalico.org is forbidden: User "u" cannot list'},
+         "give it a ClusterRole with apiGroups ['crd.projectcalico.org'], resources [blockaffinities] and verbs [list]"),
+        ({"rc": 1, "stderr": 'error: the server doesn\'t have a resource type "blockaffinities"'}, "this cluster has no blockaffinities"),
+        ({"rc": 0, "stdout": '{"kind": "Status"}'}, "the answer is of kind 'Status', expected BlockAffinityList"),
+        ({"rc": 0, "stdout": "{"}, "the output of kubectl get blockaffinities.crd.projectcalico.org --all-namespaces -o json on host cp-1"),
+    ])
+    def test_kubectl_errors(self, run, answer, said):
+        def command(module_name, module_args, task_vars):
+            return {"rc": 0, "stdout": json.dumps(nodes_list())} if "nodes" in module_args["argv"] else answer
+
+        result = run({"source": "kubectl", "pod_source": "calico_ipam"}, {"kube_control_plane": {"hosts": {"cp-1": {}}}},
+                     delegate_to="cp-1", command=command)
+        assert result["failed"] and said in result["msg"], result["msg"]
+
+
+class TestPodSourcesOfTheApi:
+
+    TOKEN = "s3cr3t-t0ken"
+
+    @pytest.fixture
+    def api(self, tmp_path, monkeypatch):
+        pytest.importorskip("kubernetes")
+        pytest.importorskip("ansible_collections.kubernetes.core.plugins.module_utils.k8s.client")
+        # What kubernetes.core keeps of a server's discovery: the port of another test's server may be this one's.
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        monkeypatch.setattr(_cluster, "PAGE_SIZE", 2)
+        lookup = mock.Mock()
+        lookup.run.return_value = nodes_list()["items"]
+        monkeypatch.setattr(peers.lookup_loader, "get", lambda name, **kwargs: lookup)
+        with apiserver.ApiServer(tokens={"ansible": self.TOKEN}) as server:
+            server.write_kubeconfig(tmp_path / "kubeconfig", self.TOKEN)
+            for dummy, objects, dummy2 in POD_SOURCES:
+                for item in objects:
+                    server.apply(PLURALS[item["kind"]], item)
+            yield server
+
+    def args(self, tmp_path, source):
+        return {"kubeconfig": str(tmp_path / "kubeconfig"), "pod_source": source, "return_document": True}
+
+    @pytest.mark.parametrize(("source", "wanted"), [(source, wanted) for source, dummy, wanted in POD_SOURCES])
+    def test_lists_in_pages(self, run, api, tmp_path, source, wanted):
+        api.apply("pods", dict(pod("done", "cp-1", "10.9.0.77"), status={"phase": "Succeeded", "podIPs": [{"ip": "10.9.0.77"}]}))
+        api.apply("pods", pod("waits", "", "10.9.0.78"))
+        assert pod_cidrs(run(self.args(tmp_path, source))) == wanted
+        if source == "pods":
+            asked = [request for request in api.requests if request["resource"] == "pods"]
+            assert len(asked) == 3 and all(request["query"]["limit"] == "2" for request in asked), "five pods: the server left out two"
+
+    @pytest.mark.parametrize(("source", "plural", "group"), [
+        ("pods", "pods", ""), ("calico_ipam", "blockaffinities", "crd.projectcalico.org"),
+        ("calico_ipam", "ipamblocks", "crd.projectcalico.org"), ("cilium", "ciliumnodes", "cilium.io")])
+    def test_no_rights(self, run, api, tmp_path, source, plural, group):
+        api.refuse("list", plural, None)
+        result = run(self.args(tmp_path, source))
+        assert result["failed"] and "listing %s: the API server %s refuses it (403" % (plural, api.url) in result["msg"]
+        assert "apiGroups ['%s'], resources [%s] and verbs [list]" % (group, plural) in result["msg"]
+        assert self.TOKEN not in json.dumps(result)
+
+    @pytest.mark.parametrize(("source", "plural"), [("calico_ipam", "ipamblocks"), ("cilium", "ciliumnodes")])
+    def test_no_such_resource(self, run, api, tmp_path, source, plural):
+        api.fault("status", verb="list", resource=plural, code=404)
+        result = run(self.args(tmp_path, source))
+        assert result["failed"]
+        assert "listing %s: the API server %s answers 404: this cluster has no %s" % (plural, api.url, plural) in result["msg"]
+        assert "set pod_source (mesh_pod_source)" in result["msg"]
+
+    def test_an_empty_answer_takes_nothing_down(self, run, api, tmp_path):
+        dest = tmp_path / "mesh.json"
+        args = dict(self.args(tmp_path, "pods"), dest=str(dest))
+        run(args)
+        before = dest.read_bytes()
+        api.fault("empty", verb="list", resource="pods")
+        result = run(args)
+        assert result["failed"] and "no node has a pod CIDR any more" in result["msg"]
+        assert dest.read_bytes() == before
+
+    @pytest.mark.parametrize(("fault", "more"), [("garbage", {"body": "hello"}), ("half", {"bytes": 40}), ("status", {"code": 500})])
+    def test_broken_answers(self, run, api, tmp_path, fault, more):
+        api.fault(fault, verb="list", resource="ciliumnodes", times=None, **more)
+        result = run(self.args(tmp_path, "cilium"))
+        assert result["failed"] and "listing ciliumnodes" in result["msg"]
+
+    def test_jinja_in_a_name_is_text(self, run, api, tmp_path):
+        canary = "{{ lookup('pipe', 'touch %s') }}" % (tmp_path / "canary")
+        api.apply("blockaffinities", dict(affinity("10.9.3.0/30", "x"), spec={"cidr": canary, "node": canary, "state": "confirmed"}))
+        result = run(self.args(tmp_path, "calico_ipam"))
+        assert result["failed"] and "lookup" in result["msg"] and not (tmp_path / "canary").exists()
 
 
 # --- with ansible-playbook -----------------------------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ CLEAN = {
 }
 SETTINGS = {
     "node": "worker-1", "interface": "wgmesh", "ports": [51840, 51841], "table": 51840, "rule_priority": 400, "fwmark": 0x1000,
-    "encrypt": "pods", "implementation": "auto", "persistence": "auto", "mtu": None, "pod_cidrs": ["10.244.1.0/24"],
-    "node_addresses": ["198.18.0.11"]}
+    "encrypt": "pods", "pod_source": "node_cidrs", "implementation": "auto", "persistence": "auto", "mtu": None,
+    "pod_cidrs": ["10.244.1.0/24"], "node_addresses": ["198.18.0.11"]}
 
 
 def facts(**changes):
@@ -150,6 +150,14 @@ CASES = [
      "usePodCidr"),
     ("calico ipam, a pool of its own", {"cni": {"types": ["calico"], "ipams": ["calico-ipam"]}, "pod_routes": [
         {"prefix": "10.244.1.64/26", "device": "a blackhole route"}]}, {}, [("warning", "pod CIDRs")], "those in use now are in"),
+    ("calico ipam, followed", {"cni": {"types": ["calico"], "ipams": ["calico-ipam"]}, "pod_routes": [
+        {"prefix": "10.244.1.64/26", "device": "a blackhole route"}]}, {"pod_source": "calico_ipam"}, [], ""),
+    ("calico ipam, a new block", {"cni": {"types": ["calico"], "ipams": ["calico-ipam"]}, "pod_routes": [
+        {"prefix": "10.244.166.128/26", "device": "a blackhole route"}]}, {"pod_source": "calico_ipam"}, [("warning", "pod CIDRs")],
+     "not (yet) in what mesh_pod_source found: 10.244.166.128/26"),
+    ("aws, pods followed", {"links": [link("eni12ab34cd")], "pod_routes": [{"prefix": "192.168.3.7/32", "device": "eni12ab34cd"}]},
+     {"pod_source": "pods", "pod_cidrs": ["192.168.3.6/31"]}, [], ""),
+    ("cilium, followed", {"links": [link("cilium_host")]}, {"pod_source": "cilium"}, [("error", "data path")], "Cilium forwards"),
     ("calico block elsewhere", {"pod_routes": [{"prefix": "10.244.166.128/26", "device": "a blackhole route"}]}, {},
      [("error", "pod CIDRs")], "not in its pod CIDRs 10.244.1.0/24: 10.244.166.128/26 (a blackhole route)"),
     ("borrowed address", {"pod_routes": [{"prefix": "10.244.9.9/32", "device": "cali1"}]}, {}, [("error", "pod CIDRs")],
