@@ -585,7 +585,9 @@ def _own_or_previous(own, field, unresolved_as, previous, default):
 
 
 def _set_per_host(previous):
-    """Whether the endpoints of an entry are other than the node's own addresses, so that a person must have set them."""
+    """Whether the endpoints of an entry are other than the node's own addresses, so that a person must have set them: to none as well."""
+    if previous["state"] != "excluded" and previous["node_addresses"] and not previous["endpoints"]:
+        return True
     return any(endpoint["port"] is not None or endpoint["address"] not in previous["node_addresses"]
                for endpoint in previous["endpoints"].values())
 

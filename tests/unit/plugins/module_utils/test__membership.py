@@ -611,8 +611,9 @@ class TestMembership:
         assert (entry["keepalive"], entry["mtu"], entry["pod_cidrs"], entry["node_addresses"]) == (25, 1380, ["10.9.0.0/26"], ["192.0.2.1"])
         assert document["nodes"]["worker-2"]["endpoints"] == {}
 
-    def test_host_left_out_keeps_what_was_set_for_it(self):
-        own = {"mesh_endpoint": "203.0.113.7:5000", "mesh_keepalive": 25, "mesh_mtu": 1380, "mesh_pod_cidrs": ["10.9.0.0/26"]}
+    @pytest.mark.parametrize("endpoint", ["203.0.113.7:5000", "none"])
+    def test_host_left_out_keeps_what_was_set_for_it(self, endpoint):
+        own = {"mesh_endpoint": endpoint, "mesh_keepalive": 25, "mesh_mtu": 1380, "mesh_pod_cidrs": ["10.9.0.0/26"]}
         previous = built(cluster(1, 2), keys(1, 2), settings=settings_of(worker_1=own, worker_2={}))
         assert built(cluster(1, 2), {}, previous, settings={}) == previous
         assert built(cluster(1, 2), {}, previous, settings=settings_of(worker_2={})) == previous
@@ -626,6 +627,16 @@ class TestMembership:
         assert entry["endpoints"]["ipv4"] == {"address": "198.18.0.1", "port": None}
         assert entry["keepalive"] == 0
         assert entry["pod_cidrs"] == ["10.244.1.0/24", "fd00:10:244:1::/64"]
+
+    def test_endpoint_none_removed_from_a_host_is_gone(self):
+        previous = built(cluster(1), keys(1), settings=settings_of(worker_1={"mesh_endpoint": "none"}))
+        entry = built(cluster(1), {}, previous, settings=settings_of(worker_1={}))["nodes"]["worker-1"]
+        assert entry["endpoints"]["ipv4"] == {"address": "198.18.0.1", "port": None}
+
+    def test_node_that_is_let_in_again_has_an_endpoint(self):
+        previous = built(cluster(1, 2), keys(1, 2), exclude_nodes=["worker-2"])
+        document = built(cluster(1, 2), keys(1, 2), previous)
+        assert document["nodes"]["worker-2"]["endpoints"]["ipv4"]["address"] == "198.18.0.2"
 
     def test_host_left_out_follows_its_node(self):
         previous = built(cluster(1), keys(1))
