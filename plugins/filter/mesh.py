@@ -66,7 +66,7 @@ def mesh_table(hosts, hostvars, variable):
         if not info:
             # A host that is left out ends before it is looked at. Its name was noted before that.
             reason = (computed.get("excluded") or {}).get(hostvars[host].get("__mesh_name", host))
-            info = {"msg": _status.NO_ANSWER if reason is None else "excluded: %s" % reason}
+            info = {} if reason is None else {"msg": "excluded: %s" % reason}
         infos.append(dict(info, node=info.get("node") or host))
     return _status.mesh_table(infos)
 

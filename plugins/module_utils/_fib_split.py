@@ -73,25 +73,23 @@ def split_local_table(system, first_rule):
 
     No packet is lost, and nothing is different afterwards.
     """
-    rules, copies = read(system)
-    lines = []
+    # An address that a killed run copied may have left the node since, so what is left goes before anything is copied.
+    rules, lines = read(system)
     if first_rule and not is_split(rules):
         routes = system.ip_json(["-4", "route", "show", "table", LOCAL], missing=("table does not exist",))
-        # An address that a killed run copied may have left the node since, so its copies go first.
-        lines = (removal_lines(any(map(is_ours, rules))) if copies else []) + copy_lines(routes) + ["rule add " + RULE] + removal_lines()
-    elif copies or any(map(is_ours, rules)):
-        lines = removal_lines(any(map(is_ours, rules)))
+        lines = lines + copy_lines(routes) + ["rule add " + RULE] + removal_lines()
     if not lines:
         return
     # To its end, whatever becomes of this process. What is refused is seen by what is there afterwards.
     system.ip_detached("ipv4", lines)
-    rules, copies = read(system)
-    if copies or any(map(is_ours, rules)):
+    if read(system)[1]:
         system.module.warn("routes that were to be there for a moment are still there: remove them with `ip -4 route flush table main "
                            "proto %s` and `ip -4 rule del %s`" % (PROTOCOL, RULE))
 
 
 def read(system):
-    """``(rules, copies)`` of this node."""
+    """``(rules of this node, lines that take away what is left of ours)``."""
     rules = system.ip_json(["-4", "rule", "show"], missing=("not supported",))
-    return rules, system.ip_json(["-4", "route", "show", "table", MAIN, "proto", PROTOCOL], missing=("table does not exist",))
+    copies = system.ip_json(["-4", "route", "show", "table", MAIN, "proto", PROTOCOL], missing=("table does not exist",))
+    ours = any(map(is_ours, rules))
+    return rules, removal_lines(ours) if copies or ours else []

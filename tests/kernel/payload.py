@@ -37,27 +37,33 @@ def case_names():
     return {"1": quick}, boots
 
 
-def build(folder, boots, seconds):
-    """Fill folder. boots: {number of the boot, from "1": ["file::case_x", ...]}; seconds: after that the machine has to be done."""
-    folder = pathlib.Path(folder)
+SKIP = shutil.ignore_patterns("__pycache__", "*.ps1", "*.psm1", "powershell", "csharp")
+
+
+def bring_library(lib):
+    """Make the folder lib of what Ansible sends to a node: module_utils of ansible-core and of the collection, and the modules."""
     spec = importlib.util.find_spec("ansible")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("ansible-core is not installed for %s" % sys.executable)
     ansible = pathlib.Path(next(iter(spec.submodule_search_locations)))
-    lib = folder / "lib"
-    skip = shutil.ignore_patterns("__pycache__", "*.ps1", "*.psm1", "powershell", "csharp")
     (lib / "ansible").mkdir(parents=True)
     # as in what ansible-core sends to a node: of its own package only the version and module_utils
     shutil.copy(ansible / "release.py", lib / "ansible" / "release.py")
     (lib / "ansible" / "__init__.py").write_text("from ansible.release import __author__, __version__\n")
-    shutil.copytree(ansible / "module_utils", lib / "ansible" / "module_utils", ignore=skip)
+    shutil.copytree(ansible / "module_utils", lib / "ansible" / "module_utils", ignore=SKIP)
     target = lib / "ansible_collections" / "kubemesh" / "wireguard"
     target.mkdir(parents=True)
     for name in ("modules", "module_utils"):
-        shutil.copytree(COLLECTION / "plugins" / name, target / "plugins" / name, ignore=skip)
+        shutil.copytree(COLLECTION / "plugins" / name, target / "plugins" / name, ignore=SKIP)
+
+
+def build(folder, boots, seconds):
+    """Fill folder. boots: {number of the boot, from "1": ["file::case_x", ...]}; seconds: after that the machine has to be done."""
+    folder = pathlib.Path(folder)
+    bring_library(folder / "lib")
     for name in ("cluster.py", "main.py"):
         shutil.copy(HERE / name, folder / name)
-    shutil.copytree(HERE / "cases", folder / "cases", ignore=skip)
+    shutil.copytree(HERE / "cases", folder / "cases", ignore=SKIP)
     modules = sorted(path.stem for path in (COLLECTION / "plugins" / "modules").glob("*.py") if path.stem in (
         "keypair", "interface", "routes", "probe"))
     (folder / "plan.json").write_text(json.dumps(

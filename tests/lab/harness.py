@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -16,13 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "kernel")]
 import lab as labs
 import traffic
+from payload import bring_library
 
 # Seconds that the wire is looked at: ten markers a second and flow.
 LOOK = 3
-COLLECTION = Path(__file__).resolve().parents[2]
 RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 
 
@@ -189,20 +188,13 @@ with patch_module_args(json.load(sys.stdin)):
 
 
 def bring_modules(lab, node):
-    """Give a node what Ansible would send it: module_utils of ansible-core and of the collection, and the modules."""
+    """Give a node what Ansible would send it."""
     root = Path("/proc/%d/root%s" % (lab.leader(node), MODULES_ON_NODE))
     if root.exists():
         return
-    ansible = Path(next(iter(importlib.util.find_spec("ansible").submodule_search_locations)))
-    skip = shutil.ignore_patterns("__pycache__", "*.ps1", "*.psm1", "powershell", "csharp")
     partial = root.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "ansible").mkdir(parents=True)
-    shutil.copy(ansible / "release.py", partial / "ansible")
-    (partial / "ansible" / "__init__.py").write_text("from ansible.release import __author__, __version__\n")
-    shutil.copytree(ansible / "module_utils", partial / "ansible" / "module_utils", ignore=skip)
-    for name in ("modules", "module_utils"):
-        shutil.copytree(COLLECTION / "plugins" / name, partial / "ansible_collections/kubemesh/wireguard/plugins" / name, ignore=skip)
+    bring_library(partial)
     partial.rename(root)
 
 
