@@ -18,7 +18,7 @@ from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import lookup_loader
 from ansible.utils.display import Display
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _published_keys
 from ansible_collections.kubemesh.wireguard.plugins.modules.peers import ARGUMENT_SPEC, MUTUALLY_EXCLUSIVE
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _cluster, _hostvars
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted
@@ -169,7 +169,7 @@ class ActionModule(ActionBase):
         result = self._report(args, document, previous)
         result.update(source=source, source_reason=why, missing=missing, warnings=warnings)
         if source in ("kubernetes", "kubectl", "file"):
-            result["annotations"] = _membership.annotation_changes(candidates, document)
+            result["annotations"] = _published_keys.annotation_changes(candidates, document)
         return result
 
     @staticmethod

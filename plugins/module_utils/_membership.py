@@ -862,18 +862,3 @@ def build_document(members, keys, previous, options=None):
         if document != previous or forked:
             document["serial"] += 1
     return validate_document(document), warnings
-
-
-def annotation_changes(members, document):
-    """``{node: {annotation: public key or None}}``: what to publish on the Nodes, only where it differs. None: remove it."""
-    result = {}
-    for candidate in members:
-        entry = document["nodes"].get(candidate["name"])
-        if entry is None or entry["state"] == "excluded":
-            continue
-        wanted = {generation: entry["public_keys"].get(generation) for generation in GENERATIONS}
-        found = candidate["annotation_keys"]
-        changes = {ANNOTATIONS[generation]: key for generation, key in wanted.items() if found.get(generation) != key}
-        if changes:
-            result[candidate["name"]] = changes
-    return result

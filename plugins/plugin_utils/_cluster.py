@@ -26,8 +26,16 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 LOOKUP = "kubernetes.core.k8s"
 NODES_PATH = "/api/v1/nodes"
 
-_RIGHTS = ("give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
-           " published as annotations)")
+LISTING = "listing nodes"
+PUBLISHING = "writing public keys as annotations of Nodes"
+
+# What to do about a refusal, by what was refused
+_RIGHTS = {
+    LISTING: "give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
+             " published as annotations)",
+    PUBLISHING: "it lacks the right to patch nodes: give it a ClusterRole with apiGroups [''], resources [nodes] and verbs"
+                " [get, list, patch], as roles/mesh/files/playbooks-rbac.yml has it and the entry point rbac of the role applies it",
+}
 
 
 def _existing(paths):
@@ -111,7 +119,7 @@ def describe_kubeconfig(path, context):
     return result
 
 
-def _status_message(body):
+def status_message(body):
     """The text of the API's own error; its HTTP headers and anything else stay out."""
     try:
         if isinstance(body, (bytes, bytearray)):
@@ -121,25 +129,26 @@ def _status_message(body):
         return ""
 
 
-def api_error(exc, found, details):
+def api_error(exc, found, details, doing=LISTING):
     """`MeshError` for an exception of the Kubernetes client: what happened, with which kubeconfig, as whom, and what helps."""
     who = "%s%s" % (found or "in-cluster configuration", ", context %(context)s, user %(user)s" % details if details else "")
     server = details["server"] if details and details["server"] != "unknown" else "of the Kubernetes API"
-    status, message = getattr(exc, "status", None), _status_message(getattr(exc, "body", None))
+    status, message = getattr(exc, "status", None), status_message(getattr(exc, "body", None))
     if status == 401:
-        return MeshError("listing nodes: the API server %s does not accept the credentials (401 %s) of %s; renew them: kubectl get nodes"
-                         " with the same kubeconfig must work" % (server, message or "Unauthorized", who))
+        return MeshError("%s: the API server %s does not accept the credentials (401 %s) of %s; renew them: kubectl get nodes"
+                         " with the same kubeconfig must work" % (doing, server, message or "Unauthorized", who))
     if status == 403:
-        return MeshError("listing nodes: the API server %s refuses it (403 %s) to %s; %s" % (server, message or "Forbidden", who, _RIGHTS))
+        return MeshError("%s: the API server %s refuses it (403 %s) to %s; %s"
+                         % (doing, server, message or "Forbidden", who, _RIGHTS[doing]))
     if status is not None:
-        return MeshError("listing nodes: the API server %s answers %s %s to %s"
-                         % (server, status, message or getattr(exc, "reason", ""), who))
+        return MeshError("%s: the API server %s answers %s %s to %s"
+                         % (doing, server, status, message or getattr(exc, "reason", ""), who))
     text = " ".join(str(exc).split())
     if type(exc).__name__ in ("MaxRetryError", "ConnectTimeoutError", "NewConnectionError", "ProtocolError", "SSLError"):
         cause = getattr(exc, "reason", None)
-        return MeshError("listing nodes: the API server %s cannot be reached (%s) with %s; check the address in the kubeconfig, the network"
-                         " and its certificate" % (server, shown(" ".join(str(cause or text).split()), 300), who))
-    return MeshError("listing nodes with %s failed: %s" % (who, shown(text, 500) if text else type(exc).__name__))
+        return MeshError("%s: the API server %s cannot be reached (%s) with %s; check the address in the kubeconfig, the network"
+                         " and its certificate" % (doing, server, shown(" ".join(str(cause or text).split()), 300), who))
+    return MeshError("%s with %s failed: %s" % (doing, who, shown(text, 500) if text else type(exc).__name__))
 
 
 def list_nodes(lookup_loader, loader, templar, variables, kubeconfig, found, context):
@@ -212,16 +221,16 @@ def list_pages(client, found, details, label_selector, page_size, timeout):
         token = listing["metadata"]["continue"]
 
 
-def kubectl_error(result, host, command):
-    """`MeshError` for a failed ``kubectl get nodes``: ``result`` is that of the command module."""
+def kubectl_error(result, host, command, doing=LISTING):
+    """`MeshError` for a failed kubectl: ``result`` is that of the command module."""
     text = " ".join((str(result.get("stderr") or "") or str(result.get("msg") or "")).split())
-    where = "listing nodes with %s on host %s" % (" ".join(command), host)
+    where = "%s with %s on host %s" % (doing, " ".join(command), host)
     lower = text.lower()
     if kubectl_missing(result):
         return MeshError("%s: there is no such command; give kubectl_command (k3s: [k3s, kubectl]), or another kubectl_host or source"
                          % where)
     if "forbidden" in lower:
-        return MeshError("%s is refused: %s; %s" % (where, shown(text, 300), _RIGHTS))
+        return MeshError("%s is refused: %s; %s" % (where, shown(text, 300), _RIGHTS[doing]))
     if "unauthorized" in lower or "must be logged in" in lower or "provide credentials" in lower:
         return MeshError("%s: the API server does not accept the credentials: %s; renew the kubeconfig of that host"
                          % (where, shown(text, 300)))

@@ -53,7 +53,7 @@ RESOURCES = (
 )
 
 REASONS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed", 409: "Conflict",
-           410: "Expired", 415: "UnsupportedMediaType", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
+           410: "Expired", 415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
            504: "Timeout"}
 
 FAULTS = ("status", "gone_in_stream", "empty", "garbage", "half", "slow", "hang", "reset")
@@ -873,7 +873,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             patch = _object(body)
             request["patch"] = patch
             with store.changed:
-                patched = store.put(resource, merge_patch(store.get(resource, name, namespace), patch), create=False)
+                existing = store.get(resource, name, namespace)
+                uid = _object_metadata(patch).get("uid")
+                if uid is not None and uid != existing["metadata"]["uid"]:
+                    raise ApiError(422, '%s "%s" is invalid: metadata.uid: Invalid value: "%s": field is immutable' % (
+                        resource.kind, name, uid), details={"name": name, "kind": resource.kind, "causes": [
+                            {"reason": "FieldValueInvalid", "message": 'Invalid value: "%s": field is immutable' % uid,
+                             "field": "metadata.uid"}]})
+                patched = store.put(resource, merge_patch(existing, patch), create=False)
             self._json(200, typed(resource, patched), request)
 
 
@@ -885,6 +892,11 @@ def _object(body):
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not an object")
     return value
+
+
+def _object_metadata(obj):
+    metadata = obj.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _cut(connection):

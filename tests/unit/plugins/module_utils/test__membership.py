@@ -470,12 +470,6 @@ class TestKeys:
         entry = document["nodes"]["worker-2"]
         assert (entry["state"], entry["reason"], entry["pod_cidrs"][0]) == ("pending", "no public key known yet", "10.244.2.0/24")
 
-    def test_annotations_to_publish(self):
-        members = candidates(node(1, annotations={KEY0: key(1)}), node(2, annotations={KEY0: key(9), KEY1: key(2)}), node(3), node(4),
-                             dict(node(5), status={"nodeInfo": {"operatingSystem": "windows"}}))
-        document, dummy = build(members, keys(1, 2, 3), generations=[0])
-        assert _membership.annotation_changes(members, document) == {"worker-2": {KEY0: key(2), KEY1: None}, "worker-3": {KEY0: key(3)}}
-
 
 class TestMembership:
 
