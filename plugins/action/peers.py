@@ -131,10 +131,10 @@ class ActionModule(ActionBase):
         control_plane = args["kubectl_host"] or next(iter(candidates), None)
         problems = self._unknown_hosts(args, groups)
         variables = _membership.HOST_VARIABLES + ("ansible_host",)
-        read = _hostvars.read_hosts(task_vars["hostvars"], hosts, variables, args["facts_variable"]) if hosts else {}
+        read = _hostvars.read_hosts(task_vars["hostvars"], hosts, variables, [args["facts_variable"], args["info_variable"]]) if hosts else {}
         ansible_hosts = {host: own.get("ansible_host") for host, own in read.items()}
         settings, more, warnings = _membership.settings_of_hosts(
-            {host: self._host_variables(own) for host, own in read.items()}, args["facts_variable"])
+            {host: self._host_variables(own, args["info_variable"]) for host, own in read.items()}, args["facts_variable"])
         problems.extend(more)
         from_inventory = _membership.nodes_from_inventory(settings)
         source, why = _cluster.choose_source(args, os.environ, os.path.expanduser("~"), control_plane, bool(from_inventory))
@@ -173,11 +173,15 @@ class ActionModule(ActionBase):
         return result
 
     @staticmethod
-    def _host_variables(own):
+    def _host_variables(own, info_variable):
         # ansible_host only serves to recognise a host, so it is no matter when it cannot be computed
         own = dict(own)
         unresolved = [variable for variable in own.pop("unresolved", []) if variable != "ansible_host"]
         own.pop("ansible_host", None)
+        info = own.pop(info_variable, None)
+        # one that failed, or was skipped, says nothing
+        if isinstance(info, dict) and isinstance(info.get("generations"), list):
+            own["generations"] = [str(item["generation"]) for item in info["generations"] if isinstance(item, dict) and "generation" in item]
         return dict(own, unresolved=unresolved) if unresolved else own
 
     @staticmethod

@@ -62,8 +62,6 @@ class ActionModule(ActionBase):
             if args["required"]:
                 raise
             result["problem"] = "%s: %s" % (_cluster.PUBLISHING, " ".join(str(exc).split()))
-        finally:
-            self._remove_tmp_path(self._connection._shell.tmpdir)
         if result["problem"] and args["required"]:
             result.update(failed=True, msg=result["problem"])
         elif result["problem"]:

@@ -470,6 +470,21 @@ class TestKeys:
         entry = document["nodes"]["worker-2"]
         assert (entry["state"], entry["reason"], entry["pod_cidrs"][0]) == ("pending", "no public key known yet", "10.244.2.0/24")
 
+    @pytest.mark.parametrize(("generations", "chosen"), [
+        (None, {"0": key(1), "1": key(2)}),       # the node said nothing in this run
+        (["1"], {"1": key(2)}),                   # it has nothing of generation 0
+        (["0", "1"], {"0": key(1), "1": key(2)}),  # a rotation that nobody here knew of
+        ([], {"1": key(2)}),                      # installed anew: what the last document has stays
+    ])
+    def test_an_annotation_that_is_left_over_does_not_count(self, generations, chosen):
+        previous = built(cluster(1), {"worker-1": {"1": key(2)}})
+        members = candidates(node(1, annotations={KEY0: key(1), KEY1: key(2)}))
+        settings = settings_of(worker_1={"generations": generations})
+        assert built(members, {}, previous, settings=settings)["nodes"]["worker-1"]["public_keys"] == chosen
+        assert built(members, {"worker-1": {"1": key(2)}}, previous, settings=settings)["nodes"]["worker-1"]["public_keys"] == chosen
+        both = built(cluster(1), {"worker-1": {"0": key(1), "1": key(2)}})
+        assert built(members, {}, both, settings=settings) == both, "a rotation that is not over"
+
 
 class TestMembership:
 
