@@ -185,8 +185,8 @@ class Store:
         self.history.setdefault(resource, collections.deque(maxlen=100000)).append((self.version, kind, obj, line))
         self.changed.notify_all()
 
-    def put(self, resource, obj, *, create=None):
-        """Create or replace; -> the stored object. ``create``: True must not exist, False must exist, None either."""
+    def put(self, resource, obj, *, create=None, dry_run=False):
+        """Create or replace; -> the stored object. ``create``: True must not exist, False must exist, None either. ``dry_run``: only say."""
         obj = copy.deepcopy(obj)
         for field in ("kind", "apiVersion"):
             obj.pop(field, None)
@@ -204,13 +204,16 @@ class Store:
             if existing is not None and create is False and expected and expected != existing["metadata"]["resourceVersion"]:
                 raise ApiError(409, 'Operation cannot be fulfilled on %s "%s": the object has been modified; please apply your changes to'
                                " the latest version and try again" % (resource.plural, name[1]))
-            self.version += 1
+            if not dry_run:
+                self.version += 1
             if existing is not None:
                 for field in ("uid", "creationTimestamp"):
                     metadata[field] = existing["metadata"][field]
             metadata.setdefault("uid", str(uuid.uuid4()))
             metadata.setdefault("creationTimestamp", now())
             metadata["resourceVersion"] = str(self.version)
+            if dry_run:
+                return obj
             self.of(resource)[name] = obj
             self._record(resource, "ADDED" if existing is None else "MODIFIED", obj)
             return obj
@@ -405,7 +408,8 @@ class ApiServer:
 
     def add_resource(self, prefix, plural, kind, namespaced=False):
         """Another kind: ``add_resource("apis/example.org/v1", "things", "Thing")``."""
-        self.resources.append(Resource(prefix, plural, kind, namespaced))
+        # before `namespaces`, or an object in a namespace would look like something of the namespace
+        self.resources.insert(0, Resource(prefix, plural, kind, namespaced))
 
     def resource(self, plural):
         for resource in self.resources:
@@ -851,20 +855,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         api, store = self.api, self.api.store
         name, verb = request["name"], request["verb"]
         namespace = api._ns(resource, request["namespace"])
+        dry_run = request["query"].get("dryRun") == "All"
         if verb == "get":
             self._json(200, typed(resource, store.get(resource, name, namespace)), request)
         elif verb == "delete":
-            self._json(200, typed(resource, store.delete(resource, name, namespace)), request)
+            gone = (store.get if dry_run else store.delete)(resource, name, namespace)
+            self._json(200, typed(resource, gone), request)
         elif verb == "create":
             obj = _object(body)
             if resource.namespaced:
                 obj.setdefault("metadata", {})["namespace"] = namespace
-            self._json(201, typed(resource, store.put(resource, obj, create=True)), request)
+            self._json(201, typed(resource, store.put(resource, obj, create=True, dry_run=dry_run)), request)
         elif verb == "update":
             obj = _object(body)
             if obj.get("metadata", {}).get("name") != name:
                 raise ApiError(400, "the name of the object does not match the name on the URL")
-            self._json(200, typed(resource, store.put(resource, obj, create=False)), request)
+            self._json(200, typed(resource, store.put(resource, obj, create=False, dry_run=dry_run)), request)
         else:
             kind = (self.headers.get("Content-Type") or "").split(";")[0]
             # strategic: the same as far as maps go
@@ -880,7 +886,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         resource.kind, name, uid), details={"name": name, "kind": resource.kind, "causes": [
                             {"reason": "FieldValueInvalid", "message": 'Invalid value: "%s": field is immutable' % uid,
                              "field": "metadata.uid"}]})
-                patched = store.put(resource, merge_patch(existing, patch), create=False)
+                patched = store.put(resource, merge_patch(existing, patch), create=False, dry_run=dry_run)
             self._json(200, typed(resource, patched), request)
 
 

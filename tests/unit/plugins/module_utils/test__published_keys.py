@@ -158,7 +158,7 @@ class TestVerdicts:
     def test_of_the_api(self, status, message, said):
         assert published.verdict(status, message) == said
 
-    # as kubectl 1.35 prints them
+    # as kubectl 1.32 prints them
     @pytest.mark.parametrize("rc,stderr,said", [
         (0, "", "done"),
         (1, 'Error from server (NotFound): nodes "a" not found', "gone"),
