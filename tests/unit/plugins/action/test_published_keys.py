@@ -371,6 +371,44 @@ class TestRuns:
         assert rc == 0 and "the run goes on: keys are taken from" in output and "unreachable=0" in output, output
 
 
+class TestRole:
+    """The tasks of the role that read and write the cluster."""
+
+    def test_publish_and_unpublish(self, api, playbook, tmp_path):
+        document = str(tmp_path / "mesh.json")
+        inventory = {"k8s_cluster": {"vars": dict(LOCAL, mesh_kubeconfig=str(tmp_path / "kubeconfig")), "hosts": {
+            "worker-%d" % number: {"mesh_node_facts": {"public_keys": {"0": key(number)}}} for number in (1, 2)}}}
+
+        def stage(name, **variables):
+            return {"ansible.builtin.include_role": {"name": "kubemesh.wireguard.mesh", "tasks_from": name}, "vars": variables}
+
+        compute = stage("membership", __mesh_dest=document, __mesh_previous=[])
+        publish = stage("publish", __mesh_document_to_publish=document, __mesh_generations_to_publish=[0, 1])
+        unpublish = stage("unpublish", __mesh_previous=[document])
+
+        api.refuse("patch", "nodes", None)
+        rc, output = playbook(inventory, [compute, publish, publish])
+        assert rc == 0 and output.count("lacks the right to patch nodes") == 1 and api.asked(verb="patch") == 1, output
+        api.permit()
+        rc, output = playbook(inventory, [compute, publish], "-e", '{"mesh_publish_keys": false}')
+        assert rc == 0 and api.asked(verb="patch") == 1, output
+
+        rc, output = playbook(inventory, [compute, publish])
+        assert rc == 0 and "changed=1" in output, output
+        assert [annotations(api, "worker-%d" % number) for number in (1, 2, 3)] == [{"0": key(1)}, {"0": key(2)}, {}]
+        listed = api.asked(verb="list")
+        rc, output = playbook(inventory, [compute, publish])
+        assert rc == 0 and "changed=1" not in output and api.asked(verb="patch") == 3, output
+        assert api.asked(verb="list") == listed + 1, "where nothing differs, nothing more is asked"
+
+        rc, output = playbook(inventory, [unpublish])
+        assert rc == 0 and "changed=1" in output, output
+        assert [annotations(api, name) for name in api.names("nodes")] == [{}, {}, {}]
+        # No way to the cluster, so there is nothing to take away, and nothing to be said.
+        rc, output = playbook(inventory, [unpublish], "-e", "mesh_kubeconfig=")
+        assert rc == 0 and "failed=0" in output and "WARNING" not in output, output
+
+
 class TestAccount:
     """The entry point rbac of the role."""
 
