@@ -131,7 +131,8 @@ class ActionModule(ActionBase):
         control_plane = args["kubectl_host"] or next(iter(candidates), None)
         problems = self._unknown_hosts(args, groups)
         variables = _membership.HOST_VARIABLES + ("ansible_host",)
-        read = _hostvars.read_hosts(task_vars["hostvars"], hosts, variables, [args["facts_variable"], args["info_variable"]]) if hosts else {}
+        reported = [args["facts_variable"], args["info_variable"]]
+        read = _hostvars.read_hosts(task_vars["hostvars"], hosts, variables, reported) if hosts else {}
         ansible_hosts = {host: own.get("ansible_host") for host, own in read.items()}
         settings, more, warnings = _membership.settings_of_hosts(
             {host: self._host_variables(own, args["info_variable"]) for host, own in read.items()}, args["facts_variable"])
@@ -181,7 +182,7 @@ class ActionModule(ActionBase):
         info = own.pop(info_variable, None)
         # one that failed, or was skipped, says nothing
         if isinstance(info, dict) and isinstance(info.get("generations"), list):
-            own["generations"] = [str(item["generation"]) for item in info["generations"] if isinstance(item, dict) and "generation" in item]
+            own["generations"] = [str(item.get("generation")) for item in info["generations"] if isinstance(item, dict)]
         return dict(own, unresolved=unresolved) if unresolved else own
 
     @staticmethod

@@ -3,7 +3,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The controller's side of published keys: it asks the API itself, or has the module do it with kubectl on a host, and tells what came of it.
+"""The controller's side of published keys: it asks the API itself, or has the module use kubectl on a host, and tells what came of it.
 
 What is to be written is decided in ``module_utils/_published_keys.py``, for both.
 """
@@ -36,8 +36,8 @@ BY_HAND = "kubectl annotate nodes --all %s" % " ".join(
     "%s-" % _membership.ANNOTATIONS[generation] for generation in _mesh.GENERATIONS)
 # What becomes of the run of the role when it cannot write
 GOES_ON = {
-    "present": "the run goes on: keys are taken from what hosts report and from the last mesh documents only; set mesh_publish_keys to false"
-               " where that is meant",
+    "present": "the run goes on: keys are taken from what hosts report and from the last mesh documents only; set mesh_publish_keys to"
+               " false where that is meant",
     "absent": "the run goes on, and keys stay on Nodes; remove them by hand: %s" % BY_HAND,
 }
 
@@ -80,8 +80,8 @@ class ActionModule(ActionBase):
         written = [patch for patch in patches if patch["node"] in done]
         replaced = sorted(outcome["replaced"] + outcome["gone"])
         if replaced and args["state"] == "present":
-            warnings.append("node %s was deleted while its public key was written; if there is one of that name again, it has not been given"
-                            " the key: run the playbook reconcile" % _membership.name_list(replaced))
+            warnings.append("node %s was deleted while its public key was written; if there is one of that name again, it has not been"
+                            " given the key: run the playbook reconcile" % _membership.name_list(replaced))
         before, after = (_published_keys.lines_of(written, side) for side in ("before", "after"))
         changes = ["- " + line for line in before] + ["+ " + line for line in after]
         result = {

@@ -233,9 +233,9 @@ def main():
     module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
     params = module.params
     if params["wanted"] is None or params["source"] != "kubectl":
-        module.fail_json(msg="kubemesh.wireguard.published_keys needs its action plugin, and was started as a module on a host. Call it by its"
-                             " full name as a task of a playbook or with the ansible command, and keep plugins/action of the collection"
-                             " installed.")
+        module.fail_json(msg="kubemesh.wireguard.published_keys needs its action plugin, and was started as a module on a host. Call it by"
+                             " its full name as a task of a playbook or with the ansible command, and keep plugins/action of the"
+                             " collection installed.")
     command = params["kubectl_command"]
     try:
         nodes = read_nodes(command)

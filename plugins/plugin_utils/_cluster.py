@@ -34,7 +34,7 @@ _RIGHTS = {
     LISTING: "give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
              " published as annotations)",
     PUBLISHING: "it lacks the right to patch nodes: give it a ClusterRole with apiGroups [''], resources [nodes] and verbs"
-                " [get, list, patch], as roles/mesh/files/playbooks-rbac.yml has it and the entry point rbac of the role applies it",
+                " [get, list, patch], as roles/mesh/files/controller-rbac.yml has it and the entry point rbac of the role applies it",
 }
 
 

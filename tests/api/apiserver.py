@@ -53,8 +53,8 @@ RESOURCES = (
 )
 
 REASONS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed", 409: "Conflict",
-           410: "Expired", 415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
-           504: "Timeout"}
+           410: "Expired", 415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError",
+           503: "ServiceUnavailable", 504: "Timeout"}
 
 FAULTS = ("status", "gone_in_stream", "empty", "garbage", "half", "slow", "hang", "reset")
 
@@ -186,7 +186,7 @@ class Store:
         self.changed.notify_all()
 
     def put(self, resource, obj, *, create=None, dry_run=False):
-        """Create or replace; -> the stored object. ``create``: True must not exist, False must exist, None either. ``dry_run``: only say."""
+        """Create or replace; -> the stored object. ``create``: True must not exist, False must exist, None either."""
         obj = copy.deepcopy(obj)
         for field in ("kind", "apiVersion"):
             obj.pop(field, None)

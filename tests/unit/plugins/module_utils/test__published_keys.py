@@ -89,7 +89,8 @@ class TestPublish:
         assert published.body_of(patch) == {"metadata": {"uid": "u1", "annotations": {KEY0: key(1), KEY1: None}}}
 
     def test_for_people(self):
-        patches = published.patches_to_publish({"a": wish("u1", 1), "b": wish("u2")}, read(node("a", "u1", _0=JINJA), node("b", "u2", _1=key(2))))
+        nodes = read(node("a", "u1", _0=JINJA), node("b", "u2", _1=key(2)))
+        patches = published.patches_to_publish({"a": wish("u1", 1), "b": wish("u2")}, nodes)
         assert published.lines_of(patches, "before") == ["node a, %s: %s" % (KEY0, ascii(JINJA)), "node b, %s: %s" % (KEY1, key(2))]
         assert published.lines_of(patches, "after") == ["node a, %s: %s" % (KEY0, key(1))]
 
@@ -198,11 +199,11 @@ class TestApply:
         assert (asked, outcome["failed"], outcome["left"]) == ([0], [[0, "403"]], 249)
 
     def test_one_that_cannot_be_written_stops_nobody(self):
-        outcome, dummy, more = self.applied(250, lambda name: ("failed", "too long") if name in (7, 240) else ("done", None))
+        outcome = self.applied(250, lambda name: ("failed", "too long") if name in (7, 240) else ("done", None))[0]
         assert (len(outcome["done"]), outcome["failed"], outcome["left"]) == (248, [[7, "too long"], [240, "too long"]], 0)
 
     def test_many_do(self):
-        outcome, dummy, more = self.applied(250, lambda name: ("failed", "no") if 10 <= name < 30 else ("done", None))
+        outcome = self.applied(250, lambda name: ("failed", "no") if 10 <= name < 30 else ("done", None))[0]
         assert (len(outcome["failed"]), outcome["left"]) == (20, 149)
 
     def test_an_api_that_goes_away(self):
@@ -210,5 +211,5 @@ class TestApply:
         assert (len(outcome["done"]), len(asked), outcome["left"]) == (50, 101, 149)
 
     def test_nodes_that_went_are_no_failure(self):
-        outcome, dummy, more = self.applied(150, lambda name: (("gone", "replaced", "done")[name % 3], None))
+        outcome = self.applied(150, lambda name: (("gone", "replaced", "done")[name % 3], None))[0]
         assert [len(outcome[said]) for said in ("gone", "replaced", "done", "failed")] == [50, 50, 50, 0]
