@@ -281,7 +281,7 @@ def playbook(tmp_path):
         for name, content in files.items():
             (tmp_path / name).write_text(json.dumps(content))
         env = dict(os.environ, ANSIBLE_COLLECTIONS_PATH=os.pathsep.join([COLLECTIONS, OTHERS]), ANSIBLE_LOCAL_TEMP=str(tmp_path / "local"),
-                   ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", ANSIBLE_TIMEOUT="2", ANSIBLE_RETRY_FILES_ENABLED="0")
+                   ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", ANSIBLE_TIMEOUT="2", ANSIBLE_DEPRECATION_WARNINGS="0")
         done = subprocess.run([sys.executable, "-m", "ansible.cli.playbook", "-i", str(tmp_path / "inventory.yml"),
                                str(tmp_path / "play.yml"), *options], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True, cwd=str(tmp_path), check=False)
