@@ -18,7 +18,7 @@ from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import lookup_loader
 from ansible.utils.display import Display
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _pods
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _pods, _published_keys
 from ansible_collections.kubemesh.wireguard.plugins.modules.peers import ARGUMENT_SPEC, MUTUALLY_EXCLUSIVE
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _cluster, _hostvars
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted
@@ -131,10 +131,11 @@ class ActionModule(ActionBase):
         control_plane = args["kubectl_host"] or next(iter(candidates), None)
         problems = self._unknown_hosts(args, groups)
         variables = _membership.HOST_VARIABLES + ("ansible_host",)
-        read = _hostvars.read_hosts(task_vars["hostvars"], hosts, variables, args["facts_variable"]) if hosts else {}
+        reported = [args["facts_variable"], args["info_variable"]]
+        read = _hostvars.read_hosts(task_vars["hostvars"], hosts, variables, reported) if hosts else {}
         ansible_hosts = {host: own.get("ansible_host") for host, own in read.items()}
         settings, more, warnings = _membership.settings_of_hosts(
-            {host: self._host_variables(own) for host, own in read.items()}, args["facts_variable"])
+            {host: self._host_variables(own, args["info_variable"]) for host, own in read.items()}, args["facts_variable"])
         problems.extend(more)
         from_inventory = _membership.nodes_from_inventory(settings)
         source, why = _cluster.choose_source(args, os.environ, os.path.expanduser("~"), control_plane, bool(from_inventory))
@@ -177,7 +178,7 @@ class ActionModule(ActionBase):
         result = self._report(args, document, previous)
         result.update(source=source, source_reason=why, missing=missing, warnings=warnings)
         if source in ("kubernetes", "kubectl", "file"):
-            result["annotations"] = _membership.annotation_changes(candidates, document)
+            result["annotations"] = _published_keys.annotation_changes(candidates, document)
         return result
 
     @staticmethod
@@ -205,16 +206,20 @@ class ActionModule(ActionBase):
     def _kubectl_items(self, args, task_vars, resource):
         result, host = self._run_kubectl(args, task_vars, None, resource)
         if result.get("failed") or result.get("rc") != 0:
-            raise _cluster.kubectl_error(result, host, args["kubectl_command"], resource)
+            raise _cluster.kubectl_error(result, host, args["kubectl_command"], _cluster.listing_of(resource))
         where = "the output of %s on host %s" % (" ".join(args["kubectl_command"] + _cluster.kubectl_arguments(resource)), host)
         return _cluster.list_items(_cluster.parse_listing(result["stdout"], where), resource)
 
     @staticmethod
-    def _host_variables(own):
+    def _host_variables(own, info_variable):
         # ansible_host only serves to recognise a host, so it is no matter when it cannot be computed
         own = dict(own)
         unresolved = [variable for variable in own.pop("unresolved", []) if variable != "ansible_host"]
         own.pop("ansible_host", None)
+        info = own.pop(info_variable, None)
+        # one that failed, or was skipped, says nothing
+        if isinstance(info, dict) and isinstance(info.get("generations"), list):
+            own["generations"] = [str(item.get("generation")) for item in info["generations"] if isinstance(item, dict)]
         return dict(own, unresolved=unresolved) if unresolved else own
 
     @staticmethod

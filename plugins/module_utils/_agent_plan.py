@@ -187,7 +187,7 @@ def _settings(name, remembered):
     unresolved = ["mesh_endpoint", "mesh_keepalive", "mesh_mtu"]
     unresolved += ["mesh_" + field for field in ("pod_cidrs", "node_addresses") if name in remembered["kept"][field]]
     return {"host": name, "explicit_name": False, "unresolved": tuple(unresolved), "public_keys": {}, "endpoints": None, "keepalive": None,
-            "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None}
+            "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None, "generations": None}
 
 
 def _with_news(candidate, entry, own, remembered):

@@ -423,7 +423,8 @@ def _facts_settings(host, facts, variable, settings, problems):
 
 def _settings_of_host(host, given, facts_variable, problems):
     own = {"host": host, "explicit_name": "mesh_node_name" in given, "unresolved": tuple(given.get("unresolved", ())), "public_keys": {},
-           "endpoints": None, "keepalive": None, "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None}
+           "endpoints": None, "keepalive": None, "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None,
+           "generations": given.get("generations")}
     where = "host %s, " % host
     if "mesh_endpoint" in given:
         own["endpoints"] = _endpoints(_texts(given["mesh_endpoint"]), where + "mesh_endpoint", "correct it", problems)
@@ -443,9 +444,11 @@ def settings_of_hosts(hosts, facts_variable="mesh_node_facts"):
     """Settings by node name: ``(settings, problems, warnings)``.
 
     ``hosts``: ``{inventory name: {variable: value}}`` with the variables of ``HOST_VARIABLES`` and ``facts_variable``; what a host does
-    not have is absent, ``unresolved`` lists variables that could not be computed in this run. Settings of a node::
+    not have is absent, ``unresolved`` lists variables that could not be computed in this run, ``generations`` those of which anything was
+    found on the host in this run (a list of "0" and "1"). Settings of a node::
 
-        {"host", "explicit_name", "unresolved", "endpoints", "keepalive", "mtu", "pod_cidrs", "node_addresses", "public_keys", "document"}
+        {"host", "explicit_name", "unresolved", "endpoints", "keepalive", "mtu", "pod_cidrs", "node_addresses", "public_keys", "document",
+         "generations"}
 
     with None for what is not set. Two hosts with one node name are a problem.
     """
@@ -618,6 +621,14 @@ def _merge_keys(name, own_keys, annotation_keys, previous_keys, options, warning
     return result
 
 
+def _annotations_in_force(candidate, own, previous_keys):
+    """Annotations without those that are left over: of a generation of which nothing is on the node, and that the last document does not
+    have either. They could not be removed when that generation was given up, and would bring keys back that nobody has."""
+    there = own["generations"] if own is not None else None
+    return {generation: key for generation, key in candidate["annotation_keys"].items()
+            if there is None or generation in there or generation in previous_keys}
+
+
 def _own_or_previous(own, field, unresolved_as, previous, default):
     """A per-host setting; the last document's when this run cannot know it: host not in the inventory, or variable not computable."""
     if own is not None and own[field] is not None:
@@ -699,8 +710,8 @@ def _entry(candidate, own, keys, previous, options, problems, warnings):
     entry["mtu"] = mtu
     entry["keepalive"] = _own_or_previous(own, "keepalive", "mesh_keepalive", previous, 0)
     entry["endpoints"] = _document_endpoints(candidate, own, previous, addresses)
-    entry["public_keys"] = _merge_keys(name, keys, candidate["annotation_keys"],
-                                       previous["public_keys"] if previous is not None else {}, options, warnings)
+    known = previous["public_keys"] if previous is not None else {}
+    entry["public_keys"] = _merge_keys(name, keys, _annotations_in_force(candidate, own, known), known, options, warnings)
     if entry["public_keys"] and not keys and not candidate["annotation_keys"] and _added_again(candidate, previous):
         # It may be the same machine that registered anew, so what is configured stays (I4). The uid stays that of the node that the key is
         # known to be of, so that this is told until it reports a key.
@@ -869,18 +880,3 @@ def build_document(members, keys, previous, options=None):
         if document != previous or forked:
             document["serial"] += 1
     return validate_document(document), warnings
-
-
-def annotation_changes(members, document):
-    """``{node: {annotation: public key or None}}``: what to publish on the Nodes, only where it differs. None: remove it."""
-    result = {}
-    for candidate in members:
-        entry = document["nodes"].get(candidate["name"])
-        if entry is None or entry["state"] == "excluded":
-            continue
-        wanted = {generation: entry["public_keys"].get(generation) for generation in GENERATIONS}
-        found = candidate["annotation_keys"]
-        changes = {ANNOTATIONS[generation]: key for generation, key in wanted.items() if found.get(generation) != key}
-        if changes:
-            result[candidate["name"]] = changes
-    return result

@@ -105,6 +105,12 @@ options:
         C(document) (with C(serial) and C(sha256) of the mesh document it keeps). It is never templated.
     type: str
     default: mesh_node_facts
+  info_variable:
+    description:
+      - Name of the variable that holds what M(kubemesh.wireguard.mesh_info) returned of a node in this run. It is never templated.
+      - An annotation with a key of a generation of which nothing is on its node, and which the last document does not have either, does not
+        count then. It is left over from a run that could not remove it.
+    type: str
   previous:
     description:
       - Files on the controller with last mesh documents, as fetched from nodes. The one with the highest serial counts. Files that do not
@@ -454,6 +460,7 @@ ARGUMENT_SPEC = {
     "kubectl_command": {"type": "list", "elements": "str", "default": ["kubectl"]},
     "hosts": {"type": "list", "elements": "str"},
     "facts_variable": {"type": "str", "default": "mesh_node_facts"},
+    "info_variable": {"type": "str"},
     "previous": {"type": "list", "elements": "path"},
     "node_addresses_query": {"type": "str", "default": "status.addresses[?type=='InternalIP'].address"},
     "pod_cidrs_query": {"type": "str", "default": "spec.podCIDRs || [spec.podCIDR]"},

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import NamedTuple
 
 import yaml
 from ansible.errors import AnsibleError
@@ -34,18 +35,35 @@ PAGE_SIZE = 500  # objects; what Kubernetes' own clients take (client-go, tools/
 PAGE_TIMEOUT = 60  # seconds for one page; the API server gives up a request after as many (--request-timeout)
 
 
-def _rights(resource):
-    """What whoever asks needs, for messages."""
+class Request(NamedTuple):
+    """What is asked of the API server, for messages."""
+
+    doing: str
+    rights: str  # what whoever asks needs
+    no_such: str = ""  # what to say where the API does not know the resource
+
+
+def listing_of(resource):
+    """The `Request` of a list of a `_pods.Resource`."""
+    doing = "listing " + resource.plural
     if resource == NODES:
-        return ("give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
-                " published as annotations)")
-    return "give it a ClusterRole with apiGroups ['%s'], resources [%s] and verbs [list]" % (resource.group, resource.plural)
+        return Request(
+            doing, "give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list] (and patch, if public keys are to be"
+                   " published as annotations)")
+    rights = "give it a ClusterRole with apiGroups ['%s'], resources [%s] and verbs [list]" % (resource.group, resource.plural)
+    if not resource.group:
+        return Request(doing, rights)
+    return Request(
+        doing, rights,
+        "this cluster has no %s (%s): it does not use %s, or that keeps its data elsewhere, such as in an etcd of its own; set pod_source"
+        " (mesh_pod_source) to what the cluster has" % (resource.plural, resource.group, resource.owner))
 
 
-def _no_resource(resource):
-    """What to say where the API does not know a resource."""
-    return ("this cluster has no %s (%s): it does not use %s, or that keeps its data elsewhere, such as in an etcd of its own; set"
-            " pod_source (mesh_pod_source) to what the cluster has" % (resource.plural, resource.group or "v1", resource.owner))
+LISTING = listing_of(NODES)
+PUBLISHING = Request(
+    "writing public keys as annotations of Nodes",
+    "it lacks the right to patch nodes: give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list, patch], as"
+    " roles/mesh/files/controller-rbac.yml has it and the entry point rbac of the role applies it")
 
 
 def merged_by_netaddr(texts):
@@ -134,7 +152,7 @@ def describe_kubeconfig(path, context):
     return result
 
 
-def _status_message(body):
+def status_message(body):
     """The text of the API's own error; its HTTP headers and anything else stay out."""
     try:
         if isinstance(body, (bytes, bytearray)):
@@ -144,29 +162,28 @@ def _status_message(body):
         return ""
 
 
-def api_error(exc, found, details, resource=NODES):
+def api_error(exc, found, details, request=LISTING):
     """`MeshError` for an exception of the Kubernetes client: what happened, with which kubeconfig, as whom, and what helps."""
-    listing = "listing " + resource.plural
     who = "%s%s" % (found or "in-cluster configuration", ", context %(context)s, user %(user)s" % details if details else "")
     server = details["server"] if details and details["server"] != "unknown" else "of the Kubernetes API"
-    status, message = getattr(exc, "status", None), _status_message(getattr(exc, "body", None))
+    status, message = getattr(exc, "status", None), status_message(getattr(exc, "body", None))
     if status == 401:
         return MeshError("%s: the API server %s does not accept the credentials (401 %s) of %s; renew them: kubectl get nodes"
-                         " with the same kubeconfig must work" % (listing, server, message or "Unauthorized", who))
+                         " with the same kubeconfig must work" % (request.doing, server, message or "Unauthorized", who))
     if status == 403:
         return MeshError("%s: the API server %s refuses it (403 %s) to %s; %s"
-                         % (listing, server, message or "Forbidden", who, _rights(resource)))
-    if status == 404 and resource.group:
-        return MeshError("%s: the API server %s answers 404: %s" % (listing, server, _no_resource(resource)))
+                         % (request.doing, server, message or "Forbidden", who, request.rights))
+    if status == 404 and request.no_such:
+        return MeshError("%s: the API server %s answers 404: %s" % (request.doing, server, request.no_such))
     if status is not None:
         return MeshError("%s: the API server %s answers %s %s to %s"
-                         % (listing, server, status, message or getattr(exc, "reason", ""), who))
+                         % (request.doing, server, status, message or getattr(exc, "reason", ""), who))
     text = " ".join(str(exc).split())
     if type(exc).__name__ in ("MaxRetryError", "ConnectTimeoutError", "NewConnectionError", "ProtocolError", "SSLError"):
         cause = getattr(exc, "reason", None)
         return MeshError("%s: the API server %s cannot be reached (%s) with %s; check the address in the kubeconfig, the network"
-                         " and its certificate" % (listing, server, shown(" ".join(str(cause or text).split()), 300), who))
-    return MeshError("%s with %s failed: %s" % (listing, who, shown(text, 500) if text else type(exc).__name__))
+                         " and its certificate" % (request.doing, server, shown(" ".join(str(cause or text).split()), 300), who))
+    return MeshError("%s with %s failed: %s" % (request.doing, who, shown(text, 500) if text else type(exc).__name__))
 
 
 def list_nodes(lookup_loader, loader, templar, variables, kubeconfig, found, context):
@@ -249,7 +266,7 @@ def list_pages(client, found, details, label_selector, page_size, timeout, resou
             if token and getattr(exc, "status", None) == 410:
                 items, token, page_size = [], None, None
                 continue
-            raise api_error(exc, found, details, resource) from None
+            raise api_error(exc, found, details, listing_of(resource)) from None
         items.extend(list_items(listing, resource))
         metadata = listing.get("metadata")
         token = metadata.get("continue") if isinstance(metadata, dict) else None
@@ -265,18 +282,18 @@ def kubectl_arguments(resource):
     return arguments + (["--field-selector", resource.selector] if resource.selector else [])
 
 
-def kubectl_error(result, host, command, resource=NODES):
-    """`MeshError` for a failed ``kubectl get``: ``result`` is that of the command module."""
+def kubectl_error(result, host, command, request=LISTING):
+    """`MeshError` for a failed kubectl: ``result`` is that of the command module."""
     text = " ".join((str(result.get("stderr") or "") or str(result.get("msg") or "")).split())
-    where = "listing %s with %s on host %s" % (resource.plural, " ".join(command), host)
+    where = "%s with %s on host %s" % (request.doing, " ".join(command), host)
     lower = text.lower()
     if kubectl_missing(result):
         return MeshError("%s: there is no such command; give kubectl_command (k3s: [k3s, kubectl]), or another kubectl_host or source"
                          % where)
     if "forbidden" in lower:
-        return MeshError("%s is refused: %s; %s" % (where, shown(text, 300), _rights(resource)))
-    if resource.group and ("doesn't have a resource type" in lower or "could not find the requested resource" in lower):
-        return MeshError("%s: %s" % (where, _no_resource(resource)))
+        return MeshError("%s is refused: %s; %s" % (where, shown(text, 300), request.rights))
+    if request.no_such and ("doesn't have a resource type" in lower or "could not find the requested resource" in lower):
+        return MeshError("%s: %s" % (where, request.no_such))
     if "unauthorized" in lower or "must be logged in" in lower or "provide credentials" in lower:
         return MeshError("%s: the API server does not accept the credentials: %s; renew the kubeconfig of that host"
                          % (where, shown(text, 300)))

@@ -51,11 +51,11 @@ def _resolve(hostvars, host, variable):
         return None, False
 
 
-def read_hosts(hostvars, hosts, variables, facts_variable):
+def read_hosts(hostvars, hosts, variables, reported):
     """``{host: {variable: plain value, "unresolved": [variables]}}`` of the hosts that the inventory has.
 
-    ``variables`` may be templates of the inventory. ``facts_variable`` holds what nodes reported and is never rendered: a template in
-    it stays text.
+    ``variables`` may be templates of the inventory. Variables in ``reported`` hold what nodes reported and are never rendered: a template
+    in them stays text. None in it stands for no variable.
     """
     result = {}
     for host in hosts:
@@ -77,11 +77,13 @@ def read_hosts(hostvars, hosts, variables, facts_variable):
                 own[variable] = value
             else:
                 unresolved.append(variable)
-        if facts_variable in raw:
+        for variable in reported:
+            if variable is None or variable not in raw:
+                continue
             try:
-                own[facts_variable] = plain(raw[facts_variable])
+                own[variable] = plain(raw[variable])
             except (TypeError, ValueError):
-                unresolved.append(facts_variable)
+                unresolved.append(variable)
         if unresolved:
             own["unresolved"] = unresolved
         result[host] = own

@@ -53,8 +53,8 @@ RESOURCES = (
 )
 
 REASONS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed", 409: "Conflict",
-           410: "Expired", 415: "UnsupportedMediaType", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
-           504: "Timeout"}
+           410: "Expired", 415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError",
+           503: "ServiceUnavailable", 504: "Timeout"}
 
 FAULTS = ("status", "gone_in_stream", "empty", "garbage", "half", "slow", "hang", "reset")
 
@@ -185,7 +185,7 @@ class Store:
         self.history.setdefault(resource, collections.deque(maxlen=100000)).append((self.version, kind, obj, line))
         self.changed.notify_all()
 
-    def put(self, resource, obj, *, create=None):
+    def put(self, resource, obj, *, create=None, dry_run=False):
         """Create or replace; -> the stored object. ``create``: True must not exist, False must exist, None either."""
         obj = copy.deepcopy(obj)
         for field in ("kind", "apiVersion"):
@@ -204,13 +204,16 @@ class Store:
             if existing is not None and create is False and expected and expected != existing["metadata"]["resourceVersion"]:
                 raise ApiError(409, 'Operation cannot be fulfilled on %s "%s": the object has been modified; please apply your changes to'
                                " the latest version and try again" % (resource.plural, name[1]))
-            self.version += 1
+            if not dry_run:
+                self.version += 1
             if existing is not None:
                 for field in ("uid", "creationTimestamp"):
                     metadata[field] = existing["metadata"][field]
             metadata.setdefault("uid", str(uuid.uuid4()))
             metadata.setdefault("creationTimestamp", now())
             metadata["resourceVersion"] = str(self.version)
+            if dry_run:
+                return obj
             self.of(resource)[name] = obj
             self._record(resource, "ADDED" if existing is None else "MODIFIED", obj)
             return obj
@@ -405,7 +408,8 @@ class ApiServer:
 
     def add_resource(self, prefix, plural, kind, namespaced=False):
         """Another kind: ``add_resource("apis/example.org/v1", "things", "Thing")``."""
-        self.resources.append(Resource(prefix, plural, kind, namespaced))
+        # before `namespaces`, or an object in a namespace would look like something of the namespace
+        self.resources.insert(0, Resource(prefix, plural, kind, namespaced))
 
     def resource(self, plural):
         for resource in self.resources:
@@ -851,20 +855,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         api, store = self.api, self.api.store
         name, verb = request["name"], request["verb"]
         namespace = api._ns(resource, request["namespace"])
+        dry_run = request["query"].get("dryRun") == "All"
         if verb == "get":
             self._json(200, typed(resource, store.get(resource, name, namespace)), request)
         elif verb == "delete":
-            self._json(200, typed(resource, store.delete(resource, name, namespace)), request)
+            gone = (store.get if dry_run else store.delete)(resource, name, namespace)
+            self._json(200, typed(resource, gone), request)
         elif verb == "create":
             obj = _object(body)
             if resource.namespaced:
                 obj.setdefault("metadata", {})["namespace"] = namespace
-            self._json(201, typed(resource, store.put(resource, obj, create=True)), request)
+            self._json(201, typed(resource, store.put(resource, obj, create=True, dry_run=dry_run)), request)
         elif verb == "update":
             obj = _object(body)
             if obj.get("metadata", {}).get("name") != name:
                 raise ApiError(400, "the name of the object does not match the name on the URL")
-            self._json(200, typed(resource, store.put(resource, obj, create=False)), request)
+            self._json(200, typed(resource, store.put(resource, obj, create=False, dry_run=dry_run)), request)
         else:
             kind = (self.headers.get("Content-Type") or "").split(";")[0]
             # strategic: the same as far as maps go
@@ -873,7 +879,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             patch = _object(body)
             request["patch"] = patch
             with store.changed:
-                patched = store.put(resource, merge_patch(store.get(resource, name, namespace), patch), create=False)
+                existing = store.get(resource, name, namespace)
+                uid = _object_metadata(patch).get("uid")
+                if uid is not None and uid != existing["metadata"]["uid"]:
+                    raise ApiError(422, '%s "%s" is invalid: metadata.uid: Invalid value: "%s": field is immutable' % (
+                        resource.kind, name, uid), details={"name": name, "kind": resource.kind, "causes": [
+                            {"reason": "FieldValueInvalid", "message": 'Invalid value: "%s": field is immutable' % uid,
+                             "field": "metadata.uid"}]})
+                patched = store.put(resource, merge_patch(existing, patch), create=False, dry_run=dry_run)
             self._json(200, typed(resource, patched), request)
 
 
@@ -885,6 +898,11 @@ def _object(body):
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not an object")
     return value
+
+
+def _object_metadata(obj):
+    metadata = obj.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _cut(connection):

@@ -126,6 +126,23 @@ def test_patch_and_conflict(api):
     assert client.ask(NODES + "/w1", "PATCH", patch, **{"Content-Type": "application/json"})[0] == 415
 
 
+def test_a_patch_for_another_uid_is_refused(api):
+    client, merge = Client(api), {"Content-Type": "application/merge-patch+json"}
+    own = api.get("nodes", "w1")["metadata"]["uid"]
+    for uid, code in ((own, 200), ("other", 422)):
+        answer, body = client.ask(NODES + "/w1", "PATCH", {"metadata": {"uid": uid, "annotations": {"by": uid}}}, **merge)
+        assert answer == code
+    assert (body["reason"], body["details"]["causes"][0]["field"]) == ("Invalid", "metadata.uid")
+    assert api.get("nodes", "w1")["metadata"]["annotations"]["by"] == own
+
+
+def test_dry_run_changes_nothing(api):
+    client, before = Client(api), api.get("nodes", "w1")
+    for method, patch in (("PATCH", {"metadata": {"annotations": {"a": "b"}}}), ("DELETE", None)):
+        assert client.ask(NODES + "/w1?dryRun=All", method, patch, **{"Content-Type": "application/merge-patch+json"})[0] == 200
+        assert api.get("nodes", "w1") == before
+
+
 @pytest.mark.parametrize("fault, more, seen", [
     ("status", {"code": 500}, 500), ("status", {"code": 410}, 410), ("empty", {}, "empty"), ("garbage", {}, ValueError),
     ("half", {"bytes": 100}, http.client.IncompleteRead), ("reset", {}, http.client.RemoteDisconnected), ("slow", {"bytes": 2000}, 200)])

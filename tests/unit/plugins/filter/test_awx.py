@@ -28,7 +28,8 @@ OF_THE_INVENTORY = {
     "mesh_agent", "mesh_agent_ca_file", "mesh_agent_grace", "mesh_agent_server", "mesh_agent_token", "mesh_agent_token_file",
     "mesh_endpoint", "mesh_endpoint_query", "mesh_fwmark", "mesh_implementation", "mesh_interface", "mesh_keepalive", "mesh_kube_context",
     "mesh_kubeconfig", "mesh_kubectl_host", "mesh_mtu", "mesh_node_addresses_query", "mesh_node_name", "mesh_nodes_file",
-    "mesh_persistence", "mesh_pod_cidrs_query", "mesh_pod_source", "mesh_port", "mesh_psk_secret", "mesh_rule_priority", "mesh_table",
+    "mesh_persistence", "mesh_pod_cidrs_query", "mesh_pod_source", "mesh_port", "mesh_psk_secret", "mesh_publish_keys",
+    "mesh_rule_priority", "mesh_table",
 }
 
 

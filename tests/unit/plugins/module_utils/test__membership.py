@@ -317,7 +317,7 @@ class TestHosts:
         assert found == {"worker-1": {
             "host": "worker-1", "explicit_name": False, "unresolved": (), "endpoints": [{"address": "203.0.113.7", "port": 5000}],
             "keepalive": 25, "mtu": 1380, "pod_cidrs": ["10.9.0.0/24"], "node_addresses": ["198.18.0.1"], "public_keys": {"0": key(1)},
-            "document": {"serial": 7, "sha256": "ab"}}}
+            "document": {"serial": 7, "sha256": "ab"}, "generations": None}}
 
     def test_nothing_set(self):
         own = settings_of(worker_1={"mesh_mtu": "auto", "mesh_endpoint": None, "mesh_node_facts": {}})["worker-1"]
@@ -470,11 +470,20 @@ class TestKeys:
         entry = document["nodes"]["worker-2"]
         assert (entry["state"], entry["reason"], entry["pod_cidrs"][0]) == ("pending", "no public key known yet", "10.244.2.0/24")
 
-    def test_annotations_to_publish(self):
-        members = candidates(node(1, annotations={KEY0: key(1)}), node(2, annotations={KEY0: key(9), KEY1: key(2)}), node(3), node(4),
-                             dict(node(5), status={"nodeInfo": {"operatingSystem": "windows"}}))
-        document, dummy = build(members, keys(1, 2, 3), generations=[0])
-        assert _membership.annotation_changes(members, document) == {"worker-2": {KEY0: key(2), KEY1: None}, "worker-3": {KEY0: key(3)}}
+    @pytest.mark.parametrize(("generations", "chosen"), [
+        (None, {"0": key(1), "1": key(2)}),       # the node said nothing in this run
+        (["1"], {"1": key(2)}),                   # it has nothing of generation 0
+        (["0", "1"], {"0": key(1), "1": key(2)}),  # a rotation that nobody here knew of
+        ([], {"1": key(2)}),                      # installed anew: what the last document has stays
+    ])
+    def test_an_annotation_that_is_left_over_does_not_count(self, generations, chosen):
+        previous = built(cluster(1), {"worker-1": {"1": key(2)}})
+        members = candidates(node(1, annotations={KEY0: key(1), KEY1: key(2)}))
+        settings = settings_of(worker_1={"generations": generations})
+        assert built(members, {}, previous, settings=settings)["nodes"]["worker-1"]["public_keys"] == chosen
+        assert built(members, {"worker-1": {"1": key(2)}}, previous, settings=settings)["nodes"]["worker-1"]["public_keys"] == chosen
+        both = built(cluster(1), {"worker-1": {"0": key(1), "1": key(2)}})
+        assert built(members, {}, both, settings=settings) == both, "a rotation that is not over"
 
 
 class TestMembership:
