@@ -31,7 +31,7 @@ TOKEN = "token-of-a-test"
 CAP_NET_ADMIN = 1 << 12  # linux/capability.h
 AT_NETWORK = "/var/lib/kubemesh-test/at-network"
 # What is guarded when networks are about to be set up?
-KUBELET = """[Unit]
+LOOK = """[Unit]
 Description=Looks at the guard before there is a network
 DefaultDependencies=no
 After=network-pre.target
@@ -132,7 +132,7 @@ def check_private_key_is_nowhere(pid):
 
 @explained
 def case_1_the_agent_follows_the_cluster_as_a_user_with_one_capability(env):
-    set_up_networks(KUBELET)
+    set_up_networks("kubemesh-test.service", LOOK)
     lab = start(env)
     machine, peer = lab.nodes
     keys = lab.make_keys()
@@ -202,6 +202,7 @@ def case_2_after_a_reboot_without_the_api_it_goes_by_what_it_remembers(env):
     assert "10.244.2.0/24" in seen and "10.244.3.0/24" in seen, "guarded before there was a network: %s\n%s" % (seen, journal())
     assert "198.18.0.11" not in seen, "too late: the underlay was up already: %s" % seen
     assert "10.244.3.0/24" not in pathlib.Path("/etc/kubemesh/guard.nft").read_text()
+    until(lambda: "cni0" in cluster.sh("ip", "link"), "the pod bridge")
     lab = start(env)
     until(lambda: state().get("nodes") == 3 and len(allowed()) == 2, "the mesh as the agent remembers it")
     assert state()["api"] != "watching" and state()["guard"] == "in force" and guarded() == {"10.244.2.0/24", "10.244.3.0/24"}
