@@ -145,6 +145,12 @@ def test_what_a_run_changed_is_no_drift(kept):
     assert kept.keeper.close(document(1), True) == ([], False) and kept.keeper.open() == [] and kept.keeper.state == OFF
 
 
+def test_what_a_run_already_did_is_not_done_again(kept):
+    kept.run(1, 2, 3, exempt_cidrs=["192.0.2.0/24"])
+    kept.done()
+    assert kept.keeper.close(document(1, 2, 3), False) == ([], False) and kept.keeper.open() == [] and kept.done() == []
+
+
 def test_a_run_that_set_the_table_back(kept):
     kept.keeper.close(document(1, 2, 3, 4), False)
     kept.keeper.forget()
