@@ -381,7 +381,8 @@ def route_settings(config, interface, stored_rules):
     return {
         "interface": interface, "table": config["table"], "rule_priority": config["rule_priority"], "fwmark": config["fwmark"],
         "encrypt": "nodes" if any(rule["not_fwmark"] for rule in stored_rules) else "pods", "send": bool(stored_rules),
-        "unproven": "keep", "exempt_cidrs": config["exempt_cidrs"]}
+        "unproven": "keep", "exempt_cidrs": config["exempt_cidrs"], "iifs": sorted({rule["iif"] for rule in stored_rules} - {""}),
+        "own_cidrs": None}
 
 
 def routed_now(routes, applied, document, node, table):

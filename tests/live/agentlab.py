@@ -115,7 +115,8 @@ class AgentLab:
             self.api.delete("nodes", host)
         self.members = own
         (place / "mesh.json").write_bytes(_mesh.document_bytes(document))
-        settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": "pods", "send": True}
+        settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": "pods", "send": True,
+                    "iifs": [], "own_cidrs": None}
         state = {"rules": _routes_plan.wanted_rules(document, host, settings), "routes": []}
         for family in ("ipv4", "ipv6"):
             (place / "boot" / ("rules-%s.batch" % family)).write_text(_routes_plan.rules_text(state, family))

@@ -284,7 +284,7 @@ def test_what_is_in_the_way(change, key, text):
 
 
 def routes_of(doc, proven, present=()):
-    settings = plan.route_settings(CONFIG, "wgmesh0", [{"not_fwmark": 0}])
+    settings = plan.route_settings(CONFIG, "wgmesh0", [{"not_fwmark": 0, "iif": ""}])
     return _routes_plan.wanted_state(doc, "w1", settings, proven, present)
 
 

@@ -305,7 +305,7 @@ def test_an_empty_answer_takes_nothing_down(source):
 # --- steps -----------------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"interface": "wgmesh0", "table": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "send": True,
-            "unproven": "drop", "exempt_cidrs": []}
+            "unproven": "drop", "exempt_cidrs": [], "iifs": [], "own_cidrs": None}
 PREFIX = "10.1.0.%d"
 
 

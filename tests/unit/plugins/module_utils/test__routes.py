@@ -28,8 +28,8 @@ def route(dst, table=TABLE, **other):
                  "peer": "b"}, **other)
 
 
-def rule(priority, table=TABLE, source="", family="ipv4", not_fwmark=0):
-    return {"family": family, "priority": priority, "table": table, "from": source, "not_fwmark": not_fwmark}
+def rule(priority, table=TABLE, source="", family="ipv4", not_fwmark=0, iif=""):
+    return {"family": family, "priority": priority, "table": table, "from": source, "iif": iif, "not_fwmark": not_fwmark}
 
 
 def nameless(state):

@@ -31,8 +31,8 @@ def route(dst, **other):
     return dict(plain, **other)
 
 
-def rule(priority=400, table=TABLE, source="", not_fwmark=0, family="ipv4"):
-    return {"family": family, "priority": priority, "table": table, "from": source, "not_fwmark": not_fwmark}
+def rule(priority=400, table=TABLE, source="", not_fwmark=0, family="ipv4", iif=""):
+    return {"family": family, "priority": priority, "table": table, "from": source, "iif": iif, "not_fwmark": not_fwmark}
 
 
 # --- properties of the plan --------------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_what_moves_when_a_node_begins_to_send():
 # --- what is wanted ----------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"interface": "wgmesh0", "table": TABLE, "rule_priority": 400, "fwmark": 0x1000, "encrypt": "pods", "send": True,
-            "unproven": "keep", "exempt_cidrs": []}
+            "unproven": "keep", "exempt_cidrs": [], "iifs": [], "own_cidrs": None}
 
 
 def entry(number, families=FAMILIES, **other):
