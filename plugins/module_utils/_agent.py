@@ -28,11 +28,13 @@ import threading
 import time
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as decide
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_pods
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _lock,
     _membership,
     _mesh,
+    _pods,
     _probe,
     _routes_plan,
     _status,
@@ -58,6 +60,8 @@ PROVE_SECONDS = 3.0
 ROUNDS_OF_KNOCKING = 4
 # Seconds until the node's own key is offered to the API again after it was refused.
 PUBLISH_AGAIN = 600.0
+# How many times as long as it took the next computation waits: of a cluster with very many pods the agent takes a fifth of a processor.
+REST = 4.0
 # Seconds until a node that could not be taken out of the document is tried again.
 GONE_AGAIN = 5.0
 # Seconds for one command of iproute2.
@@ -139,8 +143,15 @@ class Kernel:
             self.last = (generation, link, state, self.routes())
         return self.last[1:]
 
-    def converge(self, document, applied, proven):
-        """Bring the kernel to a document, from what `look` returned last; -> ``(steps in the order they were done, device after them)``."""
+    def sends_all(self):
+        """Whether the rules of this node, as a run left them, steer packets whatever their source."""
+        return not any(rule["iif"] for rule in live_routes.stored_rules(self.config["boot_folder"]))
+
+    def converge(self, document, applied, proven, own_cidrs=None):
+        """Bring the kernel to a document, from what `look` returned last; -> ``(steps in the order they were done, device after them)``.
+
+        ``own_cidrs``: the prefixes that this node sends from, None for all of its own.
+        """
         generation, link, state, current = self.last
         # Until all steps are done nobody knows what is there.
         self.last = None
@@ -149,7 +160,7 @@ class Kernel:
         link_steps, first, last = decide.plan_device(state, link, document, applied, config, live_device.has_ipv6())
         if any(step["op"] == "create_link" for step in link_steps):
             raise MeshError("device %s is missing: run the playbook enable on this node" % name)
-        settings = decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"]))
+        settings = dict(decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"])), own_cidrs=own_cidrs)
         present = decide.routed_now(current["routes"], applied, document, node, config["table"])
         wanted = _routes_plan.wanted_state(document, node, settings, proven, present)
         early = decide.early_removals(current, wanted, decide.moved_prefixes(state, first))
@@ -237,6 +248,10 @@ class Agent:
         self.queue = queue.SimpleQueue()
         self.follower = Follower(self.client, NODES, "NodeList", decide.reduced, lambda what, value: self.queue.put((what, value)),
                                  lambda listing: decide.distrust(listing, config["node"]))
+        source = config["pod_source"]
+        self.pods = None if source == _pods.NODE_CIDRS else _agent_pods.PodRoster(source)
+        self.followers = [self.follower] + [self.pod_follower(resource) for resource in _pods.RESOURCES[source]]
+        self.sending = None       # of `_agent_pods.next_sending`; None where the rules of the kernel are to be read first
         self.stopping = False
         self.roster = decide.empty_roster()
         self.api = "not reached yet"
@@ -245,7 +260,7 @@ class Agent:
         self.news = None          # (first, last): when news came that are not computed yet
         self.lag_since = None     # when the first news came that are not in the kernel yet
         self.lag = None
-        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0}
+        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0, "rest": 0.0, "send": None}
         self.failures = 0
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
@@ -260,13 +275,22 @@ class Agent:
         self.whole = True         # whether the next comparison reads the kernel first
         self.expected = True      # whether the next comparison is to find something to do
 
+    def pod_follower(self, resource):
+        """The thread that follows one of the resources that the pods' addresses come from."""
+        return Follower(
+            self.client, resource.path, resource.kind + "List", _agent_pods.reducer(resource.kind),
+            lambda what, value: self.queue.put(("pods", (resource.kind, what, value))),
+            lambda listing: _agent_pods.distrust(resource, listing), key_of=_agent_pods.key_of, selector=resource.selector,
+            page_size=_agent_pods.PAGE_SIZE, most=_agent_pods.OBJECTS_MAX)
+
     # --- the loop
 
     def run(self):
         """Work until `stop`; -> the exit code. A thread that ended by a fault of ours ends all: systemd starts the agent again."""
         self.load_base()
         self.due["converge"] = self.clock()
-        self.follower.start()
+        for follower in self.followers:
+            follower.start()
         ready = False
         while not self.stopping:
             self.tick()
@@ -274,11 +298,12 @@ class Agent:
                 self.notifier.tell("READY=1")
                 ready = True
             self.receive(self.pause())
-            if not self.follower.is_alive():
+            if not all(follower.is_alive() for follower in self.followers):
                 log("the thread that follows the API has ended: ending as well, to be started again")
                 return 1
         self.notifier.tell("STOPPING=1")
-        self.follower.stop()
+        for follower in self.followers:
+            follower.stop()
         return 0
 
     def stop(self, *dummy):
@@ -287,12 +312,13 @@ class Agent:
 
     def pause(self):
         """Seconds until something is due."""
-        times = [when for what, when in self.due.items() if what not in ("gone", "compare")]
+        times = [when for what, when in self.due.items() if what not in ("gone", "compare", "rest", "send")]
         if self.news:
-            times.append(decide.settle_at(*self.news))
-        when = decide.next_gone(self.roster, self.config["grace"])
-        if when is not None:
-            times.append(max(when, self.due["gone"]))
+            times.append(self.settled())
+        gone = [decide.next_gone(self.roster, self.config["grace"])]
+        if self.pods is not None:
+            gone.append(self.pods.next_gone(self.config["grace"]))
+        times += [max(when, self.due["gone"]) for when in gone if when is not None]
         if not self.proving:
             times += [again for name, (dummy, dummy2, again) in self.asked.items() if name in self.unproven]
         return max(0.0, min(times) - self.clock())
@@ -307,17 +333,28 @@ class Agent:
         except queue.Empty:
             return
 
+    def settled(self):
+        """When the news are computed: they settled, and the last work, where pods make much of it, is a small part of the time."""
+        return max(decide.settle_at(*self.news), self.due["rest"])
+
     def tick(self):
         """Do what is due."""
         now = self.clock()
         if now >= self.due["base"]:
             self.due["base"] = now + BASE_INTERVAL
             self.load_base()
+        computed = False
         over = now >= self.due["gone"] and decide.gone(self.roster, self.config["grace"], now)
-        if over or (self.news and now >= decide.settle_at(*self.news)):
+        if self.pods is not None and now >= self.due["gone"]:
+            over = self.pods.forget(self.config["grace"], now) or over
+        if over or (self.news and now >= self.settled()):
             self.compute(now)
+            computed = True
         if now >= self.due["converge"]:
             self.converge(now)
+        if computed and self.pods is not None:
+            end = self.clock()
+            self.due["rest"] = end + REST * (end - now)
         self.prove(self.clock())
         if self.unsaved:
             self.save_memory()
@@ -362,6 +399,25 @@ class Agent:
         self.api = "watching"
         self.roster = dict(self.roster, complete=True)
         self.roster = self.missing()
+
+    def on_pods(self, message):
+        """News of the pods' addresses."""
+        kind, what, value = message
+        if what == "listed":
+            self.counts["lists"] += 1
+            changed = self.pods.listed(kind, value, self.clock())
+        elif what == "event":
+            self.counts["events"] += 1
+            changed = self.pods.happened(kind, *value)
+        else:
+            text = value if what == "away" else ""
+            changed = False
+            if text != self.pods.away[kind]:
+                log("the API: %s" % (text or "watching %s" % kind))
+                self.due["report"] = self.clock()
+            self.pods.away[kind] = text
+        if changed:
+            self.has_news()
 
     def on_proved(self, result):
         self.proving = False
@@ -432,7 +488,7 @@ class Agent:
             # At a start the kernel is as this agent left it, or as a run or the boot made it.
             self.applied = self.document
             self.expected = True
-        self.whole = True
+        self.whole, self.sending = True, None
         self.load_proofs()
         if self.roster["complete"]:
             self.has_news()
@@ -444,12 +500,14 @@ class Agent:
         self.news = None
         # Who is gone and cannot be taken out now is tried again, but not at once.
         self.due["gone"] = now + GONE_AGAIN
-        if self.document is None or not self.roster["complete"]:
+        if self.document is None or not self.roster["complete"] or (self.pods is not None and not self.pods.is_known()):
             return
         if self.remembered is None:
-            self.remembered = decide.adopt(self.document, self.roster)
+            self.remembered = decide.adopt(self.document, self.roster, self.config["pod_source"])
         self.roster = self.missing()
-        document, texts = decide.next_document(self.document, self.roster, self.remembered, self.config, now)
+        roster, texts = (self.roster, []) if self.pods is None else self.pods.view(self.roster, self.document)
+        document, more = decide.next_document(self.document, roster, self.remembered, self.config, now)
+        texts = texts + more
         for text in texts:
             if text not in self.texts:
                 log("warning: " + text)
@@ -580,7 +638,7 @@ class Agent:
             if self.whole:
                 self.due["compare"] = now + random.uniform(*decide.COMPARE)  # noqa: S311 - spreads work, protects nothing
             self.failures, self.whole = 0, False
-            self.due["converge"] = self.due["compare"]
+            self.due["converge"] = min(when for when in (self.due["compare"], self.due["send"]) if when is not None)
         except (MeshError, OSError) as exc:
             text = str(exc)
             if text != self.trouble:
@@ -593,7 +651,7 @@ class Agent:
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""
         document = self.document
-        dummy, state, dummy2 = self.kernel.look(document["generation"], self.whole)
+        dummy, state, routed = self.kernel.look(document["generation"], self.whole)
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
         if trouble != self.trouble and trouble:
             log(trouble)
@@ -603,7 +661,7 @@ class Agent:
             return
         self.distrust_fresh(state)
         proven = self.proven()
-        steps, state = self.kernel.converge(document, self.applied, proven)
+        steps, state = self.kernel.converge(document, self.applied, proven, self.sends_from(document, routed["rules"]))
         self.applied = document
         now = self.clock()
         repair, self.expected = not self.expected, False
@@ -614,6 +672,18 @@ class Agent:
         if self.lag_since is not None:
             self.lag, self.lag_since = now - self.lag_since, None
         self.note_unproven(state, proven)
+
+    def sends_from(self, document, rules):
+        """The prefixes that this node sends from, None for all of its own. ``rules``: those of the kernel."""
+        self.due["send"] = None
+        if self.pods is None or self.kernel.sends_all():
+            self.sending = None
+            return None
+        before = self.sending or _agent_pods.sending_of(rules, self.config["table"])
+        self.sending, self.due["send"] = _agent_pods.next_sending(
+            before, _mesh.local_pod_cidrs(document, self.config["node"]), self.clock())
+        self.expected = self.expected or self.sending["cidrs"] != before["cidrs"]
+        return self.sending["cidrs"]
 
     # --- what is told
 
@@ -640,7 +710,8 @@ class Agent:
 
     def report(self):
         """State for `status`, metrics for node_exporter, a line for systemd."""
-        summary = decide.state_of(self.document, self.api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
+        api = self.api if self.api != "watching" or self.pods is None else self.pods.trouble() or self.api
+        summary = decide.state_of(self.document, api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
                                   time.time())
         summary["base"] = self.base_sha256
         rows = []
@@ -655,7 +726,7 @@ class Agent:
         self.write(self.config["metrics_file"], decide.metrics_text(rows, summary))
         self.write(os.path.join(self.config["runtime"], "state.json"), json.dumps(summary, sort_keys=True) + "\n")
         waits = "waits: " + self.waits if self.waits else ""
-        self.notifier.tell("STATUS=%s" % (self.trouble or waits or "%d nodes, API: %s" % (summary["nodes"], self.api)))
+        self.notifier.tell("STATUS=%s" % (self.trouble or waits or "%d nodes, API: %s" % (summary["nodes"], api)))
 
 
 def only_one(folder):

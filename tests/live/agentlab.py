@@ -123,7 +123,7 @@ class AgentLab:
         (place / "agent.json").write_text(_agent_plan.config_text(dict({
             "node": host, "server": self.api.url, "ca_file": self.api.ca_file, "token_file": str(place / "token"),
             "interface": self.devices[host][:-1], "table": TABLE, "rule_priority": PRIORITY, "fwmark": MARK, "exempt_cidrs": [],
-            "exclude_nodes": [], "service_cidrs": [], "grace": self.grace, "document_file": str(place / "mesh.json"),
+            "exclude_nodes": [], "service_cidrs": [], "pod_source": "node_cidrs", "grace": self.grace, "document_file": str(place / "mesh.json"),
             "boot_folder": str(place / "boot"), "lock_file": str(place / "lock" / "lock.json"), "runtime": str(place / "runtime"),
             "state": str(place / "state"), "metrics_file": str(place / "state" / "kubemesh.prom")}, **config)))
 

@@ -41,7 +41,7 @@ class Kernel:
         self.reads += int(whole)
         return {}, self.state, self.routes()
 
-    def converge(self, document, applied, proven):
+    def converge(self, document, applied, proven, own_cidrs=None):
         if self.error:
             raise self.error
         self.converged.append(sorted(document["nodes"]))
@@ -62,7 +62,7 @@ def agent(tmp_path):
     doc = documents.document({"w%d" % number: documents.entry(number) for number in (1, 2)})
     (tmp_path / "mesh.json").write_bytes(_mesh.document_bytes(doc))
     config = {"node": "w1", "server": "https://192.0.2.1", "ca_file": None, "token_file": None, "interface": "wgmesh", "table": 51840,
-              "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [], "grace": 60,
+              "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [], "pod_source": "node_cidrs", "grace": 60,
               "document_file": str(tmp_path / "mesh.json"), "boot_folder": str(tmp_path), "lock_file": str(tmp_path / "no" / "lock.json"),
               "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
     it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})

@@ -29,7 +29,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 KEY0 = "kubemesh.wireguard/public-key-0"
 CONFIG = {
     "node": "w1", "server": "https://192.0.2.1:6443", "ca_file": None, "token_file": "/t", "interface": "wgmesh", "table": 51840,
-    "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": ["10.96.0.0/12"], "grace": 60,
+    "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": ["10.96.0.0/12"], "pod_source": "node_cidrs", "grace": 60,
     "document_file": "/d", "boot_folder": "/b", "lock_file": "/l", "runtime": "/r", "state": "/s", "metrics_file": "/m"}
 NOTHING = {"annotations": {}, "kept": {"pod_cidrs": [], "node_addresses": []}}
 
@@ -64,7 +64,7 @@ def roster(*nodes):
 def following(previous, found, now=0.0, remembered=None, **config):
     config = dict(CONFIG, **config)
     found = plan.note_missing(found, previous, config["node"], found.get("noted", now))
-    return plan.next_document(previous, found, remembered or plan.adopt(previous, found), config, now)
+    return plan.next_document(previous, found, remembered or plan.adopt(previous, found, "node_cidrs"), config, now)
 
 
 # --- the same as the controller's ------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_documents_are_those_of_the_controller(before, after, again):
     previous = document(1, *before)
     items = [node(1)] + [node(number, **({"uid": "uid-again"} if again and number == after[0] else {})) for number in after]
     found = plan.note_missing(roster(*items), previous, "w1", 0.0)
-    own, dummy = plan.next_document(previous, found, plan.adopt(previous, found), CONFIG, 60.0)
+    own, dummy = plan.next_document(previous, found, plan.adopt(previous, found, "node_cidrs"), CONFIG, 60.0)
     candidates, problems = _membership.nodes_from_k8s(items)
     theirs, dummy = _membership.build_document(candidates, {}, previous, {"complete": True})
     assert not problems and own["nodes"] == {
@@ -161,7 +161,7 @@ def test_own_node_and_unreadable_nodes_are_never_missing():
 def test_missing_stays_until_the_grace_is_over():
     previous = document(1, 2, 3)
     found = plan.note_missing(roster(node(1), node(2)), previous, "w1", 0.0)
-    remembered = plan.adopt(previous, found)
+    remembered = plan.adopt(previous, found, "node_cidrs")
     assert plan.next_document(previous, found, remembered, CONFIG, 59.0)[0]["nodes"] == previous["nodes"]
     assert set(plan.next_document(previous, found, remembered, CONFIG, 60.0)[0]["nodes"]) == {"w1", "w2"}
 
@@ -189,7 +189,7 @@ def test_an_entry_that_is_set_by_a_person_stays():
 def test_annotations_count_where_they_are_news():
     previous = document(1, 2)
     old = roster(node(1), node(2, annotations={KEY0: documents.key(7)}))
-    remembered = plan.adopt(previous, old)
+    remembered = plan.adopt(previous, old, "node_cidrs")
     # it was there beside the document of the run, which knew better
     assert plan.next_document(previous, old, remembered, CONFIG, 0.0)[0]["nodes"]["w2"]["public_keys"] == {"0": documents.key(2)}
     new = roster(node(1), node(2, annotations={KEY0: documents.key(8)}))
