@@ -260,7 +260,8 @@ class Agent:
         self.news = None          # (first, last): when news came that are not computed yet
         self.lag_since = None     # when the first news came that are not in the kernel yet
         self.lag = None
-        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0, "rest": 0.0, "send": None}
+        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0, "rest": 0.0, "send": None, "save": 0.0}
+        self.reported = 0.0
         self.failures = 0
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
@@ -312,7 +313,7 @@ class Agent:
 
     def pause(self):
         """Seconds until something is due."""
-        times = [when for what, when in self.due.items() if what not in ("gone", "compare", "rest", "send")]
+        times = [when for what, when in self.due.items() if what not in ("gone", "compare", "rest", "send", "save")]
         if self.news:
             times.append(self.settled())
         gone = [decide.next_gone(self.roster, self.config["grace"])]
@@ -356,7 +357,8 @@ class Agent:
             end = self.clock()
             self.due["rest"] = end + REST * (end - now)
         self.prove(self.clock())
-        if self.unsaved:
+        if self.unsaved and now >= self.due["save"]:
+            self.due["save"] = now + (0.0 if self.pods is None else BASE_INTERVAL)
             self.save_memory()
         if now >= self.due["report"]:
             self.due["report"] = now + REPORT_INTERVAL
@@ -515,6 +517,8 @@ class Agent:
         changes = _mesh.compare_documents(self.document, document)
         if changes:
             self.counts["changes"] += 1
+            if self.pods is not None:
+                changes = _agent_pods.summary(changes)
             for text in changes[:decide.NAMES_SHOWN]:
                 log(text)
             self.document = document
@@ -624,6 +628,7 @@ class Agent:
             self.due["converge"] = now + RETRY[-1]
             self.due["report"] = now
             return
+        self.due["send"] = None
         try:
             with _lock.turn(self.config["lock_file"]) as waits:
                 self.waits = waits
@@ -646,7 +651,8 @@ class Agent:
             self.trouble, self.whole = text, True
             self.failures += 1
             self.due["converge"] = self.clock() + RETRY[min(self.failures, len(RETRY)) - 1]
-        self.due["report"] = self.clock()
+        # Pods change many times in a second, and a report takes longer than such a change.
+        self.due["report"] = self.clock() if self.pods is None else max(self.clock(), self.reported + BASE_INTERVAL)
 
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""
@@ -675,7 +681,6 @@ class Agent:
 
     def sends_from(self, document, rules):
         """The prefixes that this node sends from, None for all of its own. ``rules``: those of the kernel."""
-        self.due["send"] = None
         if self.pods is None or self.kernel.sends_all():
             self.sending = None
             return None
@@ -710,6 +715,7 @@ class Agent:
 
     def report(self):
         """State for `status`, metrics for node_exporter, a line for systemd."""
+        self.reported = self.clock()
         api = self.api if self.api != "watching" or self.pods is None else self.pods.trouble() or self.api
         summary = decide.state_of(self.document, api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
                                   time.time())

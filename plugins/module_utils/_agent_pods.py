@@ -138,6 +138,13 @@ class PodRoster:
         return dict(roster, members=dict(zip(names, candidates))), texts
 
 
+def summary(changes):
+    """Lines of `_mesh.compare_documents` with those about pods' prefixes as one."""
+    others = [text for text in changes if ": pod CIDR " not in text]
+    count = len(changes) - len(others)
+    return others + (["%d prefixes of pods added or removed" % count] if count else [])
+
+
 # --- what this node sends from -------------------------------------------------------------------------------------------------------
 
 def in_common(some, others):

@@ -29,11 +29,14 @@ API = "api"
 class AgentLab:
     """``hosts``: all nodes; ``members``: those of the first document. The others have a device with a key, and no peers. A context manager.
 
-    ``grace`` in seconds.
+    ``grace`` in seconds. ``pod_source``: as `_pods.SOURCES`; with any but node_cidrs a node has the prefixes of `prefixes` in the first
+    document, its Node none, and its rules steer by known sources.
     """
 
-    def __init__(self, folder, hosts, members=None, grace=1):
+    def __init__(self, folder, hosts, members=None, grace=1, pod_source="node_cidrs", prefixes=None):
         self.folder, self.hosts, self.grace = Path(folder), list(hosts), grace
+        self.pod_source, self.prefixes = pod_source, prefixes or {}
+        self.pods = {}
         self.members = list(members or hosts)
         self.net = netlab.Net([*self.hosts, API])
         self.keys = {host: netlab.new_key() for host in self.hosts}
@@ -68,7 +71,9 @@ class AgentLab:
 
     def node(self, host, key=None, cidrs=None, **more):
         """The Node object of a host, with its key as annotation."""
-        return apiserver.node(host, [self.cidr(host)] if cidrs is None else cidrs, [self.net.address(host)],
+        if cidrs is None:
+            cidrs = [self.cidr(host)] if self.pod_source == "node_cidrs" else []
+        return apiserver.node(host, cidrs, [self.net.address(host)],
                               {KEY: key or self.keys[host][1]}, **more)
 
     def document(self, serial=1):
@@ -78,7 +83,7 @@ class AgentLab:
             nodes[host] = {
                 "state": "member", "reason": "", "uid": self.api.get("nodes", host)["metadata"]["uid"], "public_keys": {"0": public},
                 "endpoints": {"ipv4": {"address": self.net.address(host), "port": None}},
-                "pod_cidrs": [self.cidr(host)], "node_addresses": [self.net.address(host)],
+                "pod_cidrs": self.prefixes.get(host, [self.cidr(host)]), "node_addresses": [self.net.address(host)],
                 "probe_addresses": {"0": _mesh.probe_address(public)}, "mtu": 1420, "keepalive": 0}
         return _mesh.validate_document({
             "schema": 1, "serial": serial, "complete": True, "generation": 0, "ports": {"0": PORT, "1": PORT + 1}, "nodes": nodes})
@@ -99,8 +104,9 @@ class AgentLab:
         self.net.ip(host, "link set %s up" % device)
         # a pod, so that there is something to reach
         self.net.ip(host, "link add pod0 type bridge", "link set pod0 up", "addr add 10.244.%d.1/32 dev pod0" % self.number(host))
-        for name in ("all", "eth0", device):
-            self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % name, 2)
+        for name, value in (("all", 0), ("eth0", 2), (device, 2)):
+            self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % name, value)
+        self.net.sysctl(host, "net/ipv4/ip_forward", 1)
         self.install(host)
 
     def install(self, host, serial=1, **config):
@@ -117,15 +123,42 @@ class AgentLab:
         (place / "mesh.json").write_bytes(_mesh.document_bytes(document))
         settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": "pods", "send": True,
                     "iifs": [], "own_cidrs": None}
+        if self.pod_source != "node_cidrs":
+            settings["iifs"] = ["lo", "eth0", self.devices[host]]
         state = {"rules": _routes_plan.wanted_rules(document, host, settings), "routes": []}
         for family in ("ipv4", "ipv6"):
             (place / "boot" / ("rules-%s.batch" % family)).write_text(_routes_plan.rules_text(state, family))
         (place / "agent.json").write_text(_agent_plan.config_text(dict({
             "node": host, "server": self.api.url, "ca_file": self.api.ca_file, "token_file": str(place / "token"),
             "interface": self.devices[host][:-1], "table": TABLE, "rule_priority": PRIORITY, "fwmark": MARK, "exempt_cidrs": [],
-            "exclude_nodes": [], "service_cidrs": [], "pod_source": "node_cidrs", "grace": self.grace, "document_file": str(place / "mesh.json"),
+            "exclude_nodes": [], "service_cidrs": [], "pod_source": self.pod_source, "grace": self.grace, "document_file": str(place / "mesh.json"),
             "boot_folder": str(place / "boot"), "lock_file": str(place / "lock" / "lock.json"), "runtime": str(place / "runtime"),
             "state": str(place / "state"), "metrics_file": str(place / "state" / "kubemesh.prom")}, **config)))
+
+    def pod(self, host, address):
+        """A pod of a node with routes to it on all nodes, as many networks have it: a device of its own, strict reverse-path filtering on
+        its host. -> its name, for `in_pod`."""
+        name = "%s-pod%d" % (self.net.tag, len(self.pods))
+        device = "pod%d-%d" % (self.number(host), len(self.pods))
+        self.net._namespace(name)
+        self.pods[address] = name
+        self.net.ip(host, "link add %s type veth peer name eth0 netns %s" % (device, name), "link set %s up" % device,
+                    "addr add 169.254.1.1/32 dev %s" % device, "route add %s/32 dev %s" % (address, device))
+        netlab.run("ip", "-n", name, "-batch", "-", stdin="\n".join((
+            "link set eth0 up", "addr add %s/32 dev eth0" % address, "route add 169.254.1.1 dev eth0 scope link",
+            "route add default via 169.254.1.1")) + "\n")
+        self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % device, 1)
+        for other in self.hosts:
+            if other != host:
+                self.net.ip(other, "route add %s/32 via %s" % (address, self.net.address(host)))
+        return name
+
+    def ping(self, source, target):
+        """Whether one answer comes back; ``source``: name of a host, or address of a pod."""
+        where = self.pods.get(source) or self.net.ns(source)
+        # a lost neighbour request must not count
+        return ", 0 received" not in netlab.run(
+            "ip", "netns", "exec", where, "ping", "-q", "-c", "2", "-i", "0.2", "-W", "2", target, check=False)
 
     # --- agents
 

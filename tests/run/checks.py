@@ -215,7 +215,8 @@ def changelog(context):
 
 # They wait for answers that do not come, most of the time, so there is room for them beside all that only computes; and for those that do
 # hardly anything else beside the others.
-WAITING = ("test_agent_live.py", "test_apiserver.py", "test_lock_live.py", "test_preflight_live.py", "test_probe_live.py")
+WAITING = ("test_agent_live.py", "test_agent_pods_live.py", "test_apiserver.py", "test_lock_live.py", "test_preflight_live.py",
+           "test_probe_live.py")
 
 
 def live_tests(context, waiting):
