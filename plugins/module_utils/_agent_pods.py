@@ -104,7 +104,7 @@ class PodRoster:
 
     def forget(self, grace, now):
         """Let those go that were missing for the whole grace; -> whether there were any."""
-        over = [(kind, key) for kind in self.kinds for key, since in self.missing[kind].items() if now - since >= grace]
+        over = [(kind, key) for kind in self.kinds for key, since in self.missing[kind].items() if now >= since + grace]
         for kind, key in over:
             del self.missing[kind][key], self.found[kind][key]
         return bool(over)
@@ -183,7 +183,7 @@ def next_sending(sending, own, now):
     if young is not None:
         # What left meanwhile and came back is new again.
         young = (young[0], in_common(young[1], own))
-        if now - young[0] >= SENDS_AFTER:
+        if now >= young[0] + SENDS_AFTER:
             cidrs, young = _pods.merged_prefixes(cidrs + young[1]), None
     if len(set(_inside(own, cidrs))) == len(own):
         # as the playbooks write them

@@ -37,6 +37,9 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
 # The order of the rules from the first priority on: pods' prefixes for everyone, node addresses for what comes from local pods,
 # node addresses for everyone (host encryption).
 PRIORITY_PODS, PRIORITY_FROM_PODS, PRIORITY_NODES = 0, 1, 2
+# Those that look at where packets come from. The kernel takes what a request leaves out for "any", and would delete another rule than was
+# meant or refuse one that is new: so of each priority and table there is one kind of rule. No destination is in both tables.
+PRIORITY_PODS_IIF, PRIORITY_PODS_FROM_PODS, PRIORITY_NODES_IIF = 1, 2, 0
 PRIORITIES = 3
 
 
@@ -132,12 +135,12 @@ def wanted_rules(doc, node, settings):
     for family in sorted(families_of(doc, node)):
         cidrs = [cidr for cidr in own if family_of(cidr) == family]
         for iif in iifs or [""]:
-            add(family, PRIORITY_PODS, table, iif=iif)
+            add(family, PRIORITY_PODS_IIF if iif else PRIORITY_PODS, table, iif=iif)
             if settings["encrypt"] == "nodes":
-                add(family, PRIORITY_NODES, table + 1, iif=iif, not_fwmark=settings["fwmark"])
+                add(family, PRIORITY_NODES_IIF if iif else PRIORITY_NODES, table + 1, iif=iif, not_fwmark=settings["fwmark"])
         for cidr in cidrs:
             if iifs:
-                add(family, PRIORITY_PODS, table, cidr)
+                add(family, PRIORITY_PODS_FROM_PODS, table, cidr)
             add(family, PRIORITY_FROM_PODS, table + 1, cidr)
     return sorted(rules, key=rule_order)
 

@@ -78,7 +78,7 @@ def is_up_to_date(lab, host):
 
 def settled(lab):
     for host in HOSTS:
-        lab.wait(lambda host=host: is_up_to_date(lab, host), "allowed IPs, routes and rules of %s as the API has them" % host)
+        lab.wait(lambda host=host: is_up_to_date(lab, host), "allowed IPs, routes and rules of %s as the API has them" % host, 120.0)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ RULES = [
     for priority, table, source, iif, mark in (
         (400, 51840, "", "", 0), (401, 51841, pods, "", 0), (402, 51841, "", "", 0x1000),
         # those of a device that is there and of one that is not
-        (400, 51840, "", "lo", 0), (400, 51840, pods, "", 0), (402, 51841, "", "lo", 0x1000), (400, 51840, "", "wgmesh1", 0))
+        (401, 51840, "", "lo", 0), (401, 51840, "", "wgmesh1", 0), (402, 51840, pods, "", 0), (400, 51841, "", "lo", 0x1000))
 ]
 
 # Runs in a network namespace of its own, which ends with it.

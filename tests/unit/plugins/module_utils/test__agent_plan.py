@@ -313,13 +313,17 @@ def test_a_prefix_that_changes_hands_loses_its_route_before_the_device_changes()
 
 
 def test_what_a_node_sends_is_what_its_last_run_wrote_down():
-    rules = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes"))
+    rules = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes", iifs=[], own_cidrs=None))
     text = _routes_plan.rules_text({"rules": rules}, "ipv4")
     read = _routes_plan.rules_of_batch(text, "ipv4")
     assert read == [rule for rule in rules if rule["family"] == "ipv4"]
     assert plan.route_settings(CONFIG, "wgmesh0", read)["encrypt"] == "nodes"
     assert plan.route_settings(CONFIG, "wgmesh0", read[:1])["encrypt"] == "pods"
     assert not plan.route_settings(CONFIG, "wgmesh0", [])["send"]
+    assert plan.route_settings(CONFIG, "wgmesh0", read)["iifs"] == []
+    known = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes", iifs=["eth0", "lo"], own_cidrs=None))
+    settings = plan.route_settings(CONFIG, "wgmesh0", _routes_plan.rules_of_batch(_routes_plan.rules_text({"rules": known}, "ipv4"), "ipv4"))
+    assert (settings["iifs"], settings["encrypt"]) == (["eth0", "lo"], "nodes")
 
 
 @given(st.text(max_size=60))

@@ -212,7 +212,7 @@ def test_a_node_sends_from_what_has_been_its_own_for_a_while(states):
         sending, due = _agent_pods.next_sending(sending, own, now)
         sends = addresses(sending["cidrs"])
         assert sends <= addresses(own) and before & addresses(own) <= sends
-        too_new = {ipaddress.ip_address("10.0.0.%d" % number) for number, first in since.items() if now - first < HOLD}
+        too_new = {ipaddress.ip_address("10.0.0.%d" % number) for number, first in since.items() if now < first + HOLD}
         assert not (sends - before) & too_new
         assert (due is None) == (sends == addresses(own))
     while due is not None:
