@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import os
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import harness
@@ -21,8 +25,15 @@ import prepare
 PORT = 6443
 CA_ON_NODES = "/etc/kubernetes/pki/ca.crt"  # the default of mesh_agent_ca_file
 KEYS = {0: "kubemesh.wireguard/public-key-0", 1: "kubemesh.wireguard/public-key-1"}
-# By user. Those of the playbooks and of the agents are separate, so that a fault or a refusal can be for one of them.
+# By user. A fault or a refusal can be for one of them.
 TOKENS = {"admin": "lab-admin-token", "playbooks": "lab-playbooks-token", "agents": "lab-agents-token"}
+
+# Seconds. What an agent does takes a fraction of one; on a busy machine a proof is tried several times.
+PATIENCE = 60
+
+
+def host_cidr(address):
+    return "%s/%d" % (address, ipaddress.ip_address(address).max_prefixlen)
 
 
 class Cluster:
@@ -45,6 +56,7 @@ class Cluster:
         for node in self.lab.nodes:
             self.join(node)
         self.write_kubeconfig(self.kubeconfig, "playbooks")
+        self.permit()
         return self
 
     def __exit__(self, *exc):
@@ -55,6 +67,13 @@ class Cluster:
         self.api.write_kubeconfig(path, self.tokens[user])
         Path(path).chmod(0o600)
         return path
+
+    def permit(self, *users):
+        """Take all refusals of before back. Agents may only read Nodes, as with the shipped manifest, unless they are among ``users``."""
+        self.api.permit()
+        for verb in ("create", "update", "patch", "delete"):
+            if "agents" not in users:
+                self.api.refuse(verb, None, self.tokens["agents"])
 
     def node(self, name):
         """The Node object that a node of the lab has when it joins."""
@@ -112,4 +131,63 @@ class Cluster:
 
     def playbook(self, name, *args, rc=0, env=None, **more):
         """`harness.playbook` with this cluster as the source of the node list."""
-        return harness.playbook(self.lab, name, *self.source(), *args, rc=rc, source=None, env={**self.environment(), **(env or {})}, **more)
+        env = {**self.environment(), **(env or {})}
+        return harness.playbook(self.lab, name, *self.source(), *args, rc=rc, source=None, env=env, **more)
+
+    # --- what nodes hold
+
+    def expected(self, name):
+        """What the kernel of a node holds when it is up to the API: {"peers": {key: allowed IPs}, "pods": routes, "nodes": routes}."""
+        found = {"peers": {}, "pods": [], "nodes": []}
+        for other in self.api.names("nodes"):
+            if other != name:
+                item = self.api.get("nodes", other)
+                keys = [value for key, value in item["metadata"]["annotations"].items() if key in KEYS.values()]
+                pods = item["spec"]["podCIDRs"]
+                addresses = [row["address"] for row in item["status"]["addresses"] if row["type"] == "InternalIP"]
+                found["pods"] += pods
+                found["nodes"] += addresses
+                found["peers"].update(dict.fromkeys(keys, sorted(pods + [host_cidr(address) for address in addresses])))
+        return {"peers": found["peers"], "pods": sorted(found["pods"]), "nodes": sorted(found["nodes"])}
+
+    def held(self, name):
+        """What the kernel of a node holds, as `expected` has it; probe addresses left out."""
+        script = """
+wg show $(wg show interfaces) allowed-ips
+for table in 51840 51841; do echo "# $table"; ip -o route show table $table 2>/dev/null; ip -6 -o route show table $table 2>/dev/null; done
+true
+"""
+        peers, pods, nodes = re.split("^# .*\n", harness.text_of(self.lab, name, script), flags=re.MULTILINE)
+        rows = [line.split("\t") for line in peers.splitlines()]
+        return {
+            "peers": {key: sorted(text for text in allowed.split() if not text.startswith("fe80:")) for key, allowed in rows},
+            "pods": sorted(line.split()[0] for line in pods.splitlines()), "nodes": sorted(line.split()[0] for line in nodes.splitlines())}
+
+    def wait_kernel(self, nodes=None, seconds=PATIENCE):
+        """Wait until the kernel of each node holds what the API says."""
+        for name in nodes or self.lab.nodes:
+            wait(lambda name=name: (self.held(name), self.expected(name)), lambda found: found[0] == found[1],
+                 "the kernel of %s as the API says" % name, seconds)
+
+    def agent_state(self, name):
+        """What the agent of a node last said of itself; {} where it has said nothing."""
+        try:
+            return json.loads(Path("/proc/%d/root/run/kubemesh/agent/state.json" % self.lab.leader(name)).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def wait_agents(self, wanted, what, nodes=None, seconds=PATIENCE):
+        """Wait until ``wanted(state)`` of the agent of each node."""
+        for name in nodes or self.lab.nodes:
+            wait(lambda name=name: self.agent_state(name), wanted, "the agent of %s: %s" % (name, what), seconds)
+
+
+def wait(look, wanted, what, seconds=PATIENCE):
+    """Look until what is seen is wanted; -> it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        seen = look()
+        if wanted(seen):
+            return seen
+        assert time.monotonic() < deadline, "%s: not after %d s: %s" % (what, seconds, seen)
+        time.sleep(0.2)
