@@ -31,7 +31,6 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_p
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _lock,
-    _membership,
     _mesh,
     _probe,
     _routes_plan,
@@ -620,11 +619,9 @@ class Agent:
     def publish(self, now):
         """Offer the node's own public keys to the API, where its Node does not have them."""
         own = self.roster["members"].get(self.config["node"])
-        if own is None or self.document is None or self.config["node"] not in self.document["nodes"]:
+        if own is None or self.document is None:
             return
-        keys = self.document["nodes"][self.config["node"]]["public_keys"]
-        wanted = {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
-                  if own["annotation_keys"].get(generation) != key}
+        wanted = decide.keys_to_publish(self.document, own)
         if not wanted or (self.published and self.published[0] == wanted and (self.published[1] is None or now < self.published[1])):
             return  # nothing to do, done, or refused a short while ago
         self.published = (wanted, now + PUBLISH_AGAIN)

@@ -300,6 +300,19 @@ def _one_by_one(news, stays, previous, remembered, config, kept):
     return document, warnings
 
 
+def keys_to_publish(document, candidate):
+    """``{annotation: public key}`` that a node offers to the API for itself; empty where there is nothing to do.
+
+    ``candidate``: its own Node. While a node has two keys, a rotation is under way: it publishes the new one and takes the old one back
+    before the node knows, and what it took back must not come again.
+    """
+    keys = document["nodes"].get(candidate["name"], {}).get("public_keys", {})
+    if len(keys) != 1:
+        return {}
+    return {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
+            if candidate["annotation_keys"].get(generation) != key}
+
+
 # --- what the kernel shall hold ------------------------------------------------------------------------------------------------------
 
 def hindrance(document, node, has_key):

@@ -28,8 +28,8 @@ KEYS = {0: "kubemesh.wireguard/public-key-0", 1: "kubemesh.wireguard/public-key-
 # By user. A fault or a refusal can be for one of them.
 TOKENS = {"admin": "lab-admin-token", "playbooks": "lab-playbooks-token", "agents": "lab-agents-token"}
 
-# Seconds. What an agent does takes a fraction of one; on a busy machine a proof is tried several times.
-PATIENCE = 60
+# Seconds. What an agent does takes a fraction of one; on a machine that is busy with other tests it may take minutes.
+PATIENCE = 180
 
 
 def host_cidr(address):
@@ -129,10 +129,10 @@ class Cluster:
             found["ANSIBLE_COLLECTIONS_PATH"] = "%s%s%s" % (mine, os.pathsep, prepare.other_collections(sys.executable))
         return found
 
-    def playbook(self, name, *args, rc=0, env=None, **more):
+    def playbook(self, name, *args, rc=0, env=None, timeout=1800, **more):
         """`harness.playbook` with this cluster as the source of the node list."""
         env = {**self.environment(), **(env or {})}
-        return harness.playbook(self.lab, name, *self.source(), *args, rc=rc, source=None, env=env, **more)
+        return harness.playbook(self.lab, name, *self.source(), *args, rc=rc, source=None, env=env, timeout=timeout, **more)
 
     # --- what nodes hold
 

@@ -231,6 +231,22 @@ def test_a_node_that_turns_bad_stays_as_it_was():
 
 # --- the kernel ------------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("keys, published, wanted", [
+    ({"0": documents.key(1)}, {}, {KEY0: documents.key(1)}),
+    ({"0": documents.key(1)}, {KEY0: documents.key(2)}, {KEY0: documents.key(1)}),
+    ({"0": documents.key(1)}, {KEY0: documents.key(1)}, {}),
+    # A rotation took the old key back, and the node still has the document with both.
+    ({"0": documents.key(1), "1": documents.key(7)}, {KEY0.replace("-0", "-1"): documents.key(7)}, {}),
+    ({}, {KEY0: documents.key(2)}, {}),
+])
+def test_what_a_node_publishes_of_itself(keys, published, wanted):
+    doc = document(1, 2)
+    doc["nodes"]["w1"]["public_keys"] = keys
+    own = roster(node(1, annotations=published))["members"]["w1"]
+    assert plan.keys_to_publish(doc, own) == wanted
+    assert plan.keys_to_publish(document(2), own) == {}
+
+
 def device(doc):
     """A device that is as a document says, for w1."""
     return _wg_plan.apply_steps(dict(_wg_plan.empty_state("wgmesh0"), public_key=documents.key(1), listen_port=51840, fwmark=4096),
