@@ -604,6 +604,9 @@ def _merge_keys(name, own_keys, annotation_keys, previous_keys, options, warning
             continue
         before = previous_keys.get(generation)
         key, source = own_keys.get(generation), "reported by the node itself"
+        if key is not None and annotation_keys.get(generation, key) not in (key, before) and not options["expect_new_keys"]:
+            warnings.append("node %s, annotation %s: %s, but the node itself reports %s, which counts; if nobody made a new key, find out"
+                            " who changed the annotation" % (name, ANNOTATIONS[generation], shown(annotation_keys[generation]), key))
         if key is None and generation in annotation_keys:
             source = "from its annotation %s" % ANNOTATIONS[generation]
             try:

@@ -480,6 +480,7 @@ def collections_path(context):
 LAB_FILES = {
     "lab-self": ("test_lab_self.py",),
     "lab-runner": ("test_runner.py",),
+    "lab-agent": ("test_agent.py", "test_published_keys.py"),
     "lab-variants": ("test_variants.py",),
     "lab-kill": ("test_kill.py",),
     "lab-change": ("test_faults.py", "test_change.py", "test_rotation.py", "test_strict.py"),
@@ -523,6 +524,12 @@ def lab_kill(context):
 def lab_change(context):
     """What changes while a mesh is in use, strict mode, hosts and batches that fail."""
     return lab_tests(context, "lab-change")
+
+
+@check("lab-agent", timeout=3600, cores=2)
+def lab_agent(context):
+    """Node agents and published keys with an API server: what comes, changes and goes, and what goes wrong, with traffic."""
+    return lab_tests(context, "lab-agent")
 
 
 @check("lab-self", timeout=600, cores=2)
