@@ -38,9 +38,10 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _wg_plan,
 )
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_guard import OFF, GuardKeeper, TableWatcher
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_api import Follower, KubeClient
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_text, write_text
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document, read_text, write_text
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg import client_for
 
 NODES = "/api/v1/nodes"
@@ -62,6 +63,8 @@ GONE_AGAIN = 5.0
 # Seconds for one command of iproute2.
 COMMAND_SECONDS = 60
 STATE_MODE = 0o644
+MEMORY = "memory.json"
+GUARD_OPTION = "--guard"
 EXIT_SECOND_AGENT = 3
 
 
@@ -256,6 +259,9 @@ class Agent:
         self.counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
         self.unproven = set()
         self.unsaved = False
+        self.guard = GuardKeeper(System(Host()), config)
+        self.watcher = None       # of the guard's table, where there is a guard
+        self.guard_whole = False  # whether the next comparison reads the guard first
         self.whole = True         # whether the next comparison reads the kernel first
         self.expected = True      # whether the next comparison is to find something to do
 
@@ -389,6 +395,12 @@ class Agent:
             log("the node's public key is not published: %s" % text)
         self.published = (self.published[0], self.clock() + PUBLISH_AGAIN) if text else (self.published[0], None)
 
+    def on_tables(self, text):
+        if text:
+            log(text)
+        self.guard_whole = True
+        self.due["converge"] = self.clock()
+
     # --- documents
 
     def has_news(self):
@@ -404,6 +416,8 @@ class Agent:
 
     def load_base(self):
         """Read the mesh document that a run left, where it is another one than before."""
+        if self.guard.is_changed():
+            self.due["converge"] = self.clock()
         path = self.config["document_file"]
         try:
             found = os.stat(path)
@@ -424,7 +438,11 @@ class Agent:
             self.trouble, self.unproven = "there is no mesh document at %s: run the playbook enable" % path, set()
             self.due["report"] = self.clock()
             return
-        self.base, self.base_sha256 = base, _mesh.document_sha256(base)
+        sha256 = _mesh.document_sha256(base)
+        if sha256 != self.base_sha256:
+            # the run that wrote it had a reason to change the guard as well
+            self.guard.forget()
+        self.base, self.base_sha256 = base, sha256
         kept, remembered = decide.parse_memory(read_text(self.memory_file()) or "", self.base_sha256)
         self.document, self.remembered = (kept, remembered) if kept is not None else (base, None)
         if self.applied is None:
@@ -469,7 +487,7 @@ class Agent:
         self.publish(now)
 
     def memory_file(self):
-        return os.path.join(self.config["state"], "memory.json")
+        return os.path.join(self.config["state"], MEMORY)
 
     def save_memory(self):
         self.unsaved = False
@@ -570,6 +588,7 @@ class Agent:
                 self.waits = waits
                 if waits:
                     self.whole = True
+                    self.guard.forget()
                     self.due["converge"] = now + RETRY[0]
                     return  # `status` is told at the next report
                 # A run may have ended just now.
@@ -592,6 +611,15 @@ class Agent:
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""
         document = self.document
+        # First of all, also of what is in the way of the rest: who joined is not reached in clear from here on.
+        closed, drift = self.guard.close(document, self.whole or self.guard_whole)
+        self.guard_whole = False
+        if self.guard.state != OFF and self.watcher is None:
+            self.watcher = TableWatcher(lambda text: self.queue.put(("tables", text)))
+            self.watcher.start()
+        if closed:
+            self.counts["repairs"] += int(drift)
+            log("the guard%s: %s" % (" (it was not as it was left)" if drift else "", decide.guard_words(closed)))
         dummy, state, dummy2 = self.kernel.look(document["generation"], self.whole)
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
         if trouble != self.trouble and trouble:
@@ -604,6 +632,9 @@ class Agent:
         proven = self.proven()
         steps, state = self.kernel.converge(document, self.applied, proven)
         self.applied = document
+        opened = self.guard.open()
+        if opened:
+            log("the guard: %s" % decide.guard_words(opened))
         now = self.clock()
         repair, self.expected = not self.expected, False
         if steps:
@@ -639,17 +670,18 @@ class Agent:
         """State for `status`, metrics for node_exporter, a line for systemd."""
         summary = decide.state_of(self.document, self.api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
                                   time.time())
-        summary["base"] = self.base_sha256
-        rows = []
+        summary["base"], summary["guard"] = self.base_sha256, self.guard.state
+        rows, dropped = [], None
         try:
             if self.document is not None and self.config["node"] in self.document["nodes"]:
                 generation = self.document["generation"]
                 state = self.kernel.read(generation)[1]
                 rows = _status.join(self.document, self.config["node"], generation, state, self.kernel.routes(),
                                     self.kernel.name(generation), time.time())
+            dropped = self.guard.counters()
         except (MeshError, OSError) as exc:
             log("warning: %s" % exc)
-        self.write(self.config["metrics_file"], decide.metrics_text(rows, summary))
+        self.write(self.config["metrics_file"], decide.metrics_text(rows, summary, dropped))
         self.write(os.path.join(self.config["runtime"], "state.json"), json.dumps(summary, sort_keys=True) + "\n")
         waits = "waits: " + self.waits if self.waits else ""
         self.notifier.tell("STATUS=%s" % (self.trouble or waits or "%d nodes, API: %s" % (summary["nodes"], self.api)))
@@ -666,13 +698,27 @@ def only_one(folder):
     return handle
 
 
+def close_guard(config):
+    """At boot, before there is a network: who joined since the last run is not reached in clear either."""
+    base = read_document(config["document_file"])
+    kept, dummy = decide.parse_memory(read_text(os.path.join(config["state"], MEMORY)) or "", _mesh.document_sha256(base))
+    steps, dummy = GuardKeeper(System(Host()), config).close(kept or base, True)
+    log("the guard: %s" % (decide.guard_words(steps) or "nothing to do"))
+    return 0
+
+
 def main(argv):
-    """``argv``: path of the configuration. Exit codes: 0 ended by a signal, 1 cannot go on, 3 another agent is at work on this node."""
+    """``argv``: path of the configuration, after ``--guard`` for what is done at boot and ends.
+
+    Exit codes: 0 done or ended by a signal, 1 cannot go on, 3 another agent is at work on this node.
+    """
     try:
-        text = read_text(argv[0])
+        text = read_text(argv[-1])
         if text is None:
-            raise MeshError("%s is not there; run the playbook enable with mesh_agent" % argv[0])
+            raise MeshError("%s is not there; run the playbook enable with mesh_agent" % argv[-1])
         config = decide.parse_config(text)
+        if argv[0] == GUARD_OPTION:
+            return close_guard(config)
         held = only_one(config["runtime"])
     except (MeshError, OSError) as exc:
         log(str(exc))

@@ -370,13 +370,13 @@ def test_config():
 
 def summary(**other):
     found = plan.state_of(document(1, 2), "watching", "", ["a warning"], 0.1, {"w2"}, "", {"events": 1}, 1000.0)
-    return dict(found, base="sum", **other)
+    return dict(found, base="sum", **dict({"guard": "off"}, **other))
 
 
 def test_state_is_read_and_judged():
     state = summary()
     assert plan.parse_state(json.dumps(state)) == state
-    for damaged in ({"time": "x"}, {"warnings": [1]}, {"warnings": ["x"] * 100}, {"api": None}, {"more": 1}):
+    for damaged in ({"time": "x"}, {"warnings": [1]}, {"warnings": ["x"] * 100}, {"api": None}, {"guard": 1}, {"more": 1}):
         assert plan.parse_state(json.dumps(dict(state, **damaged))) is None
     assert plan.state_warnings(state, True, 1010.0) == ["the node agent: a warning"]
     assert "does not run" in plan.state_warnings(state, False, 1010.0)[0]
@@ -394,6 +394,10 @@ def test_metrics():
     assert 'kubemesh_peer_encrypted{peer="w2"} 1' in lines and 'kubemesh_peer_encrypted{peer="unknown DDDDDDDD"} 0' in lines
     assert 'kubemesh_peer_handshake_age_seconds{peer="unknown DDDDDDDD"} 7' in lines
     assert not any(line.startswith('kubemesh_peer_handshake_age_seconds{peer="w2"}') for line in lines)
+    assert not any("guard" in line for line in lines if not line.startswith("#"))
+    guarded = plan.metrics_text(rows, summary(guard="in force"), {"out_pods": {"packets": 7, "bytes": 588}}).splitlines()
+    assert "kubemesh_guard_in_force 1" in guarded and 'kubemesh_guard_dropped_packets_total{what="out_pods"} 7' in guarded
+    assert "kubemesh_guard_in_force 0" in plan.metrics_text(rows, summary(guard="not in force")).splitlines()
     assert "kubemesh_agent_lag_seconds 0.1" in lines and "kubemesh_agent_api_up 1" in lines
     assert len({line.split("{")[0] for line in lines if line.startswith("# TYPE")}) == len([x for x in lines if x.startswith("# TYPE")])
 
