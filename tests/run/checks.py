@@ -378,11 +378,10 @@ def build(context):
     for venv in venvs:
         env = environment(context, venv, ANSIBLE_COLLECTIONS_PATH=collections)
         context.run([venv / "bin" / "ansible-doc", "--list", "kubemesh.wireguard"], env=env, cwd=context.work)
-        for path in sorted((installed / "plugins" / "modules").glob("*.py")):
-            context.run([venv / "bin" / "ansible-doc", f"kubemesh.wireguard.{path.stem}"], env=env, cwd=context.work)
-        for name in playbooks:
-            command = [venv / "bin" / "ansible-playbook", "--syntax-check", "-i", inventory, f"kubemesh.wireguard.{name}"]
-            context.run(command, env=env, cwd=context.work)
+        modules = sorted(path.stem for path in (installed / "plugins" / "modules").glob("*.py"))
+        context.run([venv / "bin" / "ansible-doc", *(f"kubemesh.wireguard.{name}" for name in modules)], env=env, cwd=context.work)
+        command = [venv / "bin" / "ansible-playbook", "--syntax-check", "-i", inventory]
+        context.run([*command, *(f"kubemesh.wireguard.{name}" for name in playbooks)], env=env, cwd=context.work)
     return Result(remark=f"{archive.name}, {len(playbooks)} playbooks, {len(venvs)} versions of ansible-core")
 
 
