@@ -49,6 +49,12 @@ NODES = "/api/v1/nodes"
 BASE_INTERVAL = 2.0
 # Seconds between two writings of state and metrics, where nothing happens; node_exporter is read every 15 to 60.
 REPORT_INTERVAL = 15.0
+# Seconds until what happened is told: it reads the whole kernel, which must not keep the next news waiting. Changes come in a row.
+REPORT_SOON = 0.5
+# After a report there is none for so many times of what it took, but for no more than these seconds: with 5,000 peers one takes about a
+# second, and changes may come all the time.
+REPORT_REST = 20
+REPORT_REST_LONGEST = 60.0
 # Seconds until work is tried again that failed, or that a run of a playbook was in the way of.
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)
 # Seconds that new peers have to answer. A silent one must not keep those waiting that came after it.
@@ -248,6 +254,7 @@ class Agent:
         self.lag_since = None     # when the first news came that are not in the kernel yet
         self.lag = None
         self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0}
+        self.rested = 0.0         # when the next report may be made
         self.failures = 0
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
@@ -327,11 +334,18 @@ class Agent:
         if self.unsaved:
             self.save_memory()
         if now >= self.due["report"]:
-            self.due["report"] = now + REPORT_INTERVAL
+            began = self.clock()
             self.report()
+            ended = self.clock()
+            self.rested = ended + min(REPORT_REST_LONGEST, REPORT_REST * (ended - began))
+            self.due["report"] = max(ended + REPORT_INTERVAL, self.rested)
         if now >= self.due["watchdog"]:
             self.due["watchdog"] = now + (self.notifier.interval or BASE_INTERVAL * 10)
             self.notifier.tell("WATCHDOG=1")
+
+    def tell_soon(self):
+        """Something happened that `status` and metrics are to show."""
+        self.due["report"] = min(self.due["report"], max(self.clock() + REPORT_SOON, self.rested))
 
     # --- messages
 
@@ -357,13 +371,13 @@ class Agent:
             log("the API: %s" % text)
         self.api = text
         self.roster = decide.lost(self.roster)
-        self.due["report"] = self.clock()
+        self.tell_soon()
 
     def on_back(self, dummy):
         """A watch goes on where the last one, or the list, ended: what is known is complete."""
         if self.api != "watching":
             log("the API: watching")
-            self.due["report"] = self.clock()
+            self.tell_soon()
         self.api = "watching"
         self.roster = dict(self.roster, complete=True)
         self.roster = self.missing()
@@ -436,7 +450,7 @@ class Agent:
         if base is None:
             self.base = self.document = None
             self.trouble, self.unproven = "there is no mesh document at %s: run the playbook enable" % path, set()
-            self.due["report"] = self.clock()
+            self.tell_soon()
             return
         sha256 = _mesh.document_sha256(base)
         if sha256 != self.base_sha256:
@@ -581,7 +595,7 @@ class Agent:
             self.whole = True
         if self.document is None:
             self.due["converge"] = now + RETRY[-1]
-            self.due["report"] = now
+            self.tell_soon()
             return
         try:
             with _lock.turn(self.config["lock_file"]) as waits:
@@ -606,7 +620,7 @@ class Agent:
             self.trouble, self.whole = text, True
             self.failures += 1
             self.due["converge"] = self.clock() + RETRY[min(self.failures, len(RETRY)) - 1]
-        self.due["report"] = self.clock()
+        self.tell_soon()
 
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""

@@ -149,6 +149,8 @@ def test_a_document_that_vanishes_stops_the_work_and_one_that_comes_back_begins_
     agent.now += 3
     agent.tick()
     assert agent.document is None and "no mesh document" in agent.trouble
+    agent.now += 1
+    agent.tick()
     assert json.loads((tmp_path / "runtime" / "state.json").read_text())["hindrance"] == agent.trouble
     (tmp_path / "mesh.json").write_bytes(text)
     agent.now += 3

@@ -569,6 +569,11 @@ class TestMembership:
         assert document["nodes"]["worker-1"]["pod_cidrs"] == ["10.244.2.0/24"]
         assert document["nodes"]["worker-2"]["pod_cidrs"] == ["10.244.1.0/24"]
 
+    def test_what_stays_is_the_same_object(self):
+        first = built(cluster(1, 2), keys(1, 2))
+        second = built(cluster(1, 2, 3), keys(1, 2, 3), first)
+        assert all(second["nodes"][name] is entry for name, entry in first["nodes"].items()) and len(second["nodes"]) == 3
+
     def test_serial(self):
         first = built(cluster(1), keys(1))
         assert first["serial"] == 1
