@@ -41,10 +41,10 @@ test-live: ## Modules against userspace WireGuard in network namespaces (root)
 	@$(RUN) gate live
 
 test-lab: ## The playbooks on a cluster of hosts with systemd (root)
-	@$(RUN) gate lab lab-variants lab-kill lab-change lab-self
+	@$(RUN) gate lab lab-variants lab-kill lab-change lab-agent lab-self
 
 test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, hours)
-	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-self
+	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-self
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel kernel-boot

@@ -28,11 +28,9 @@ import threading
 import time
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as decide
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_pods
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
+    _agent_pods,
     _lock,
-    _membership,
     _mesh,
     _pods,
     _probe,
@@ -40,10 +38,12 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _status,
     _wg_plan,
 )
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_guard import OFF, GuardKeeper, TableWatcher
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_api import Follower, KubeClient
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_text, write_text
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document, read_text, write_text
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg import client_for
 
 NODES = "/api/v1/nodes"
@@ -51,6 +51,12 @@ NODES = "/api/v1/nodes"
 BASE_INTERVAL = 2.0
 # Seconds between two writings of state and metrics, where nothing happens; node_exporter is read every 15 to 60.
 REPORT_INTERVAL = 15.0
+# Seconds until what happened is told: it reads the whole kernel, which must not keep the next news waiting. Changes come in a row.
+REPORT_SOON = 0.5
+# After a report there is none for so many times of what it took, but for no more than these seconds: with 5,000 peers one takes about a
+# second, and changes may come all the time.
+REPORT_REST = 20
+REPORT_REST_LONGEST = 60.0
 # Seconds until work is tried again that failed, or that a run of a playbook was in the way of.
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)
 # Seconds that new peers have to answer. A silent one must not keep those waiting that came after it.
@@ -67,6 +73,8 @@ GONE_AGAIN = 5.0
 # Seconds for one command of iproute2.
 COMMAND_SECONDS = 60
 STATE_MODE = 0o644
+MEMORY = "memory.json"
+GUARD_OPTION = "--guard"
 EXIT_SECOND_AGENT = 3
 
 
@@ -261,7 +269,7 @@ class Agent:
         self.lag_since = None     # when the first news came that are not in the kernel yet
         self.lag = None
         self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0, "rest": 0.0, "send": None, "save": 0.0}
-        self.reported = 0.0
+        self.rested = 0.0         # when the next report may be made
         self.failures = 0
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
@@ -273,6 +281,9 @@ class Agent:
         self.counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
         self.unproven = set()
         self.unsaved = False
+        self.guard = GuardKeeper(System(Host()), config)
+        self.watcher = None       # of the guard's table, where there is a guard
+        self.guard_whole = False  # whether the next comparison reads the guard first
         self.whole = True         # whether the next comparison reads the kernel first
         self.expected = True      # whether the next comparison is to find something to do
 
@@ -361,11 +372,18 @@ class Agent:
             self.due["save"] = now + (0.0 if self.pods is None else BASE_INTERVAL)
             self.save_memory()
         if now >= self.due["report"]:
-            self.due["report"] = now + REPORT_INTERVAL
+            began = self.clock()
             self.report()
+            ended = self.clock()
+            self.rested = ended + min(REPORT_REST_LONGEST, REPORT_REST * (ended - began))
+            self.due["report"] = max(ended + REPORT_INTERVAL, self.rested)
         if now >= self.due["watchdog"]:
             self.due["watchdog"] = now + (self.notifier.interval or BASE_INTERVAL * 10)
             self.notifier.tell("WATCHDOG=1")
+
+    def tell_soon(self):
+        """Something happened that `status` and metrics are to show."""
+        self.due["report"] = min(self.due["report"], max(self.clock() + REPORT_SOON, self.rested))
 
     # --- messages
 
@@ -391,13 +409,13 @@ class Agent:
             log("the API: %s" % text)
         self.api = text
         self.roster = decide.lost(self.roster)
-        self.due["report"] = self.clock()
+        self.tell_soon()
 
     def on_back(self, dummy):
         """A watch goes on where the last one, or the list, ended: what is known is complete."""
         if self.api != "watching":
             log("the API: watching")
-            self.due["report"] = self.clock()
+            self.tell_soon()
         self.api = "watching"
         self.roster = dict(self.roster, complete=True)
         self.roster = self.missing()
@@ -448,6 +466,12 @@ class Agent:
             log("the node's public key is not published: %s" % text)
         self.published = (self.published[0], self.clock() + PUBLISH_AGAIN) if text else (self.published[0], None)
 
+    def on_tables(self, text):
+        if text:
+            log(text)
+        self.guard_whole = True
+        self.due["converge"] = self.clock()
+
     # --- documents
 
     def has_news(self):
@@ -463,6 +487,8 @@ class Agent:
 
     def load_base(self):
         """Read the mesh document that a run left, where it is another one than before."""
+        if self.guard.is_changed():
+            self.due["converge"] = self.clock()
         path = self.config["document_file"]
         try:
             found = os.stat(path)
@@ -481,9 +507,13 @@ class Agent:
         if base is None:
             self.base = self.document = None
             self.trouble, self.unproven = "there is no mesh document at %s: run the playbook enable" % path, set()
-            self.due["report"] = self.clock()
+            self.tell_soon()
             return
-        self.base, self.base_sha256 = base, _mesh.document_sha256(base)
+        sha256 = _mesh.document_sha256(base)
+        if sha256 != self.base_sha256:
+            # the run that wrote it had a reason to change the guard as well
+            self.guard.forget()
+        self.base, self.base_sha256 = base, sha256
         kept, remembered = decide.parse_memory(read_text(self.memory_file()) or "", self.base_sha256)
         self.document, self.remembered = (kept, remembered) if kept is not None else (base, None)
         if self.applied is None:
@@ -532,7 +562,7 @@ class Agent:
         self.publish(now)
 
     def memory_file(self):
-        return os.path.join(self.config["state"], "memory.json")
+        return os.path.join(self.config["state"], MEMORY)
 
     def save_memory(self):
         self.unsaved = False
@@ -626,7 +656,7 @@ class Agent:
             self.whole = True
         if self.document is None:
             self.due["converge"] = now + RETRY[-1]
-            self.due["report"] = now
+            self.tell_soon()
             return
         self.due["send"] = None
         try:
@@ -634,6 +664,7 @@ class Agent:
                 self.waits = waits
                 if waits:
                     self.whole = True
+                    self.guard.forget()
                     self.due["converge"] = now + RETRY[0]
                     return  # `status` is told at the next report
                 # A run may have ended just now.
@@ -651,12 +682,20 @@ class Agent:
             self.trouble, self.whole = text, True
             self.failures += 1
             self.due["converge"] = self.clock() + RETRY[min(self.failures, len(RETRY)) - 1]
-        # Pods change many times in a second, and a report takes longer than such a change.
-        self.due["report"] = self.clock() if self.pods is None else max(self.clock(), self.reported + BASE_INTERVAL)
+        self.tell_soon()
 
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""
         document = self.document
+        # First of all, also of what is in the way of the rest: who joined is not reached in clear from here on.
+        closed, drift = self.guard.close(document, self.whole or self.guard_whole)
+        self.guard_whole = False
+        if self.guard.state != OFF and self.watcher is None:
+            self.watcher = TableWatcher(lambda text: self.queue.put(("tables", text)))
+            self.watcher.start()
+        if closed:
+            self.counts["repairs"] += int(drift)
+            log("the guard%s: %s" % (" (it was not as it was left)" if drift else "", decide.guard_words(closed)))
         dummy, state, routed = self.kernel.look(document["generation"], self.whole)
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
         if trouble != self.trouble and trouble:
@@ -669,6 +708,9 @@ class Agent:
         proven = self.proven()
         steps, state = self.kernel.converge(document, self.applied, proven, self.sends_from(document, routed["rules"]))
         self.applied = document
+        opened = self.guard.open()
+        if opened:
+            log("the guard: %s" % decide.guard_words(opened))
         now = self.clock()
         repair, self.expected = not self.expected, False
         if steps:
@@ -695,11 +737,9 @@ class Agent:
     def publish(self, now):
         """Offer the node's own public keys to the API, where its Node does not have them."""
         own = self.roster["members"].get(self.config["node"])
-        if own is None or self.document is None or self.config["node"] not in self.document["nodes"]:
+        if own is None or self.document is None:
             return
-        keys = self.document["nodes"][self.config["node"]]["public_keys"]
-        wanted = {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
-                  if own["annotation_keys"].get(generation) != key}
+        wanted = decide.keys_to_publish(self.document, own)
         if not wanted or (self.published and self.published[0] == wanted and (self.published[1] is None or now < self.published[1])):
             return  # nothing to do, done, or refused a short while ago
         self.published = (wanted, now + PUBLISH_AGAIN)
@@ -715,21 +755,21 @@ class Agent:
 
     def report(self):
         """State for `status`, metrics for node_exporter, a line for systemd."""
-        self.reported = self.clock()
         api = self.api if self.api != "watching" or self.pods is None else self.pods.trouble() or self.api
         summary = decide.state_of(self.document, api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
                                   time.time())
-        summary["base"] = self.base_sha256
-        rows = []
+        summary["base"], summary["guard"] = self.base_sha256, self.guard.state
+        rows, dropped = [], None
         try:
             if self.document is not None and self.config["node"] in self.document["nodes"]:
                 generation = self.document["generation"]
                 state = self.kernel.read(generation)[1]
                 rows = _status.join(self.document, self.config["node"], generation, state, self.kernel.routes(),
                                     self.kernel.name(generation), time.time())
+            dropped = self.guard.counters()
         except (MeshError, OSError) as exc:
             log("warning: %s" % exc)
-        self.write(self.config["metrics_file"], decide.metrics_text(rows, summary))
+        self.write(self.config["metrics_file"], decide.metrics_text(rows, summary, dropped))
         self.write(os.path.join(self.config["runtime"], "state.json"), json.dumps(summary, sort_keys=True) + "\n")
         waits = "waits: " + self.waits if self.waits else ""
         self.notifier.tell("STATUS=%s" % (self.trouble or waits or "%d nodes, API: %s" % (summary["nodes"], api)))
@@ -746,13 +786,27 @@ def only_one(folder):
     return handle
 
 
+def close_guard(config):
+    """At boot, before there is a network: who joined since the last run is not reached in clear either."""
+    base = read_document(config["document_file"])
+    kept, dummy = decide.parse_memory(read_text(os.path.join(config["state"], MEMORY)) or "", _mesh.document_sha256(base))
+    steps, dummy = GuardKeeper(System(Host()), config).close(kept or base, True)
+    log("the guard: %s" % (decide.guard_words(steps) or "nothing to do"))
+    return 0
+
+
 def main(argv):
-    """``argv``: path of the configuration. Exit codes: 0 ended by a signal, 1 cannot go on, 3 another agent is at work on this node."""
+    """``argv``: path of the configuration, after ``--guard`` for what is done at boot and ends.
+
+    Exit codes: 0 done or ended by a signal, 1 cannot go on, 3 another agent is at work on this node.
+    """
     try:
-        text = read_text(argv[0])
+        text = read_text(argv[-1])
         if text is None:
-            raise MeshError("%s is not there; run the playbook enable with mesh_agent" % argv[0])
+            raise MeshError("%s is not there; run the playbook enable with mesh_agent" % argv[-1])
         config = decide.parse_config(text)
+        if argv[0] == GUARD_OPTION:
+            return close_guard(config)
         held = only_one(config["runtime"])
     except (MeshError, OSError) as exc:
         log(str(exc))

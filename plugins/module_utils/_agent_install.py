@@ -23,6 +23,8 @@ import pwd
 import re
 import shutil
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_FILE, MODE_GUARD
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_UNIT as RUN_GUARD_UNIT
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
     apply_file_step,
@@ -37,8 +39,11 @@ PROGRAM = "_agent"
 USER = "kubemesh-agent"
 UNIT = "kubemesh-agent.service"
 UNIT_FILE = "/etc/systemd/system/" + UNIT
+GUARD_UNIT = "kubemesh-agent-guard.service"
+GUARD_UNIT_FILE = "/etc/systemd/system/" + GUARD_UNIT
 USERS_FILE = "/etc/sysusers.d/kubemesh-agent.conf"
 FOLDERS_FILE = "/etc/tmpfiles.d/kubemesh-agent.conf"
+CONFIG_FOLDER = "/etc/kubemesh"
 CONFIG_FILE = "/etc/kubemesh/agent.json"
 TOKEN_FILE = "/etc/kubemesh/agent-token"  # noqa: S105 - a path
 TOKEN_MODE = 0o640
@@ -65,61 +70,10 @@ sys.exit(%s.main(sys.argv[1:]))
 ''' % (PACKAGE, PROGRAM, PROGRAM)
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------------------------
-
-def users_text():
-    """The agent's user, for systemd-sysusers."""
-    return HEADER + 'u %s - "Agent of the WireGuard mesh" - -\n' % USER
-
-
-def folders_text(as_root):
-    """Directories below /run, for systemd-tmpfiles.
-
-    ``as_root``: see `unit_text`; a root without capabilities writes only to what is its own.
-
-    The agent reads the lock of the playbooks' runs, and others must not: who can open that directory can keep it locked. New files in it
-    get its group.
-    """
-    owner = "root" if as_root else USER
-    return HEADER + "d %s 2750 root %s -\nd %s 0755 %s %s -\n" % (LOCK_FOLDER, USER, RUNTIME, owner, owner)
-
-
-def unit_text(python, as_root, devices):
-    """The service. ``devices``: units that make the device at boot.
-
-    ``as_root``: the device is a userspace implementation's, whose control socket belongs to root; the one capability is the same then.
-    """
-    user = "" if as_root else "User=%s\nGroup=%s\nAmbientCapabilities=CAP_NET_ADMIN\n" % (USER, USER)
-    return HEADER + f"""\
-[Unit]
-Description=Keeps the WireGuard mesh of this node up to the cluster's list of nodes
-Documentation=https://galaxy.ansible.com/ui/repo/published/kubemesh/wireguard/
-After=network.target kubemesh-routes.service {" ".join(devices)}
-ConditionPathExists={CONFIG_FILE}
-
-[Service]
-Type=notify
-NotifyAccess=main
-ExecStartPre=+/usr/bin/env systemd-tmpfiles --create {FOLDERS_FILE}
-ExecStart={python} -I -S {LINK}/start.py {CONFIG_FILE}
-{user}CapabilityBoundingSet=CAP_NET_ADMIN
-NoNewPrivileges=yes
-Restart=always
-RestartSec=5
-# Another agent is at work: this one must not take turns with it.
-RestartPreventExitStatus=3
-TimeoutStartSec=90
-WatchdogSec=120
-# What it did stays: the mesh outlives its manager.
-KillMode=mixed
-MemoryMax=256M
-TasksMax=64
-UMask=0022
-StateDirectory=kubemesh-agent
-ReadWritePaths=-{RUNTIME}
+# What neither service of the agent needs.
+CONFINED = """\
 ProtectSystem=strict
 ProtectHome=yes
-PrivateTmp=yes
 PrivateDevices=yes
 ProtectKernelTunables=yes
 ProtectKernelModules=yes
@@ -132,9 +86,96 @@ LockPersonality=yes
 MemoryDenyWriteExecute=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
+"""
 
+
+# --- texts -----------------------------------------------------------------------------------------------------------------------------
+
+def users_text():
+    """The agent's user, for systemd-sysusers."""
+    return HEADER + 'u %s - "Agent of the WireGuard mesh" - -\n' % USER
+
+
+def folders_text(as_root):
+    """Directories below /run and what the agent reads of the runs, for systemd-tmpfiles.
+
+    ``as_root``: see `unit_text`; a root without capabilities writes only to what is its own.
+
+    The agent reads the lock of the playbooks' runs, and others must not: who can open that directory can keep it locked. It also reads
+    what the guard was made from. New files in both directories get their group.
+    """
+    owner = "root" if as_root else USER
+    return HEADER + "".join(line + "\n" for line in (
+        "d %s 2750 root %s -" % (LOCK_FOLDER, USER), "d %s 0755 %s %s -" % (RUNTIME, owner, owner),
+        "z %s 2755 root %s -" % (CONFIG_FOLDER, USER), "z %s %04o root %s -" % (GUARD_FILE, MODE_GUARD, USER)))
+
+
+def unit_text(python, as_root, devices):
+    """The service. ``devices``: units that make the device at boot.
+
+    ``as_root``: the device is a userspace implementation's, whose control socket belongs to root; the one capability is the same then.
+    """
+    return HEADER + f"""\
+[Unit]
+Description=Keeps the WireGuard mesh of this node up to the cluster's list of nodes
+Documentation=https://galaxy.ansible.com/ui/repo/published/kubemesh/wireguard/
+After=network.target kubemesh-routes.service {" ".join(devices)}
+ConditionPathExists={CONFIG_FILE}
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStartPre=+/usr/bin/env systemd-tmpfiles --create {FOLDERS_FILE}
+ExecStart={python} -I -S {LINK}/start.py {CONFIG_FILE}
+{user_text(as_root)}Restart=always
+RestartSec=5
+# Another agent is at work: this one must not take turns with it.
+RestartPreventExitStatus=3
+TimeoutStartSec=90
+WatchdogSec=120
+# What it did stays: the mesh outlives its manager.
+KillMode=mixed
+MemoryMax=256M
+TasksMax=64
+UMask=0022
+StateDirectory=kubemesh-agent
+ReadWritePaths=-{RUNTIME}
+PrivateTmp=yes
+{CONFINED}
 [Install]
 WantedBy=multi-user.target
+"""
+
+
+def user_text(as_root):
+    """Who a service is, see `unit_text`."""
+    user = "" if as_root else "User=%s\nGroup=%s\nAmbientCapabilities=CAP_NET_ADMIN\n" % (USER, USER)
+    return user + "CapabilityBoundingSet=CAP_NET_ADMIN\nNoNewPrivileges=yes\n"
+
+
+def guard_unit_text(python, as_root):
+    """The service that brings the guard up to what the agent knew, at boot: after the guard of the last run, before there is a network.
+
+    The agent itself comes later, and until then a node that joined since that run would be reached in clear.
+    """
+    return HEADER + f"""\
+[Unit]
+Description=Guard of the WireGuard mesh: nodes that joined since the last run
+DefaultDependencies=no
+Wants=network-pre.target
+Before=network-pre.target
+After=local-fs.target systemd-sysusers.service {RUN_GUARD_UNIT}
+RequiresMountsFor={STATE} {LIBRARY}
+ConditionPathExists={GUARD_FILE}
+ConditionPathExists={MEMORY_FILE}
+
+[Service]
+Type=oneshot
+ExecStart={python} -I -S {LINK}/start.py --guard {CONFIG_FILE}
+TimeoutStartSec=60
+{user_text(as_root)}{CONFINED}
+[Install]
+WantedBy=sysinit.target
 """
 
 
@@ -244,6 +285,7 @@ def wanted_files(config_text, python, as_root, devices):
     return {
         CONFIG_FILE: (config_text, 0o644),
         UNIT_FILE: (unit_text(python, as_root, devices), 0o644),
+        GUARD_UNIT_FILE: (guard_unit_text(python, as_root), 0o644),
         USERS_FILE: (users_text(), 0o644),
         FOLDERS_FILE: (folders_text(as_root), 0o644),
     }
@@ -262,7 +304,7 @@ def plan_present(config_text, token, python, as_root, devices, files):
 
 def plan_absent():
     """Steps to a node without agent."""
-    steps = plan_files(dict.fromkeys((CONFIG_FILE, UNIT_FILE, USERS_FILE, FOLDERS_FILE), (None, 0o644)))
+    steps = plan_files(dict.fromkeys((CONFIG_FILE, UNIT_FILE, GUARD_UNIT_FILE, USERS_FILE, FOLDERS_FILE), (None, 0o644)))
     if os.path.lexists(LINK):
         steps.append({"op": "remove_program", "path": LINK})
     if os.path.lexists(TOKEN_FILE):
@@ -294,9 +336,9 @@ def apply_present(system, steps, token, files, restart):
         os.chown(TOKEN_FILE, 0, owner[1])
         os.chmod(TOKEN_FILE, TOKEN_MODE)
     system.run(["systemd-tmpfiles", "--create", FOLDERS_FILE])
-    if UNIT_FILE in paths:
+    if paths & {UNIT_FILE, GUARD_UNIT_FILE}:
         system.run(["systemctl", "daemon-reload"])
-    system.run(["systemctl", "enable", UNIT])
+    system.run(["systemctl", "enable", UNIT, GUARD_UNIT])
     system.run(["systemctl", "restart" if restart else "start", UNIT])
 
 
@@ -304,6 +346,8 @@ def apply_absent(system, steps):
     """Carry out steps of `plan_absent`: the service first. What it did in the kernel stays."""
     if os.path.exists(UNIT_FILE):
         system.run(["systemctl", "disable", "--now", UNIT])
+    if os.path.exists(GUARD_UNIT_FILE):
+        system.run(["systemctl", "disable", GUARD_UNIT])
     for step in steps:
         if step["op"] == "remove_file":
             apply_file_step(step)
@@ -319,6 +363,11 @@ def apply_absent(system, steps):
             if os.path.isdir(LOCK_FOLDER):
                 os.chown(LOCK_FOLDER, 0, 0)
                 os.chmod(LOCK_FOLDER, 0o700)
+            if os.path.isdir(CONFIG_FOLDER):
+                os.chown(CONFIG_FOLDER, 0, 0)
+                os.chmod(CONFIG_FOLDER, 0o755)
+            if os.path.exists(GUARD_FILE):
+                os.chown(GUARD_FILE, 0, 0)
             system.run(["userdel", USER])
     system.run(["systemctl", "daemon-reload"])
-    remove_empty_folders(["/etc/kubemesh", LOCK_FOLDER])
+    remove_empty_folders([CONFIG_FOLDER, LOCK_FOLDER])

@@ -306,6 +306,19 @@ def _one_by_one(news, stays, previous, remembered, config, kept):
     return document, warnings
 
 
+def keys_to_publish(document, candidate):
+    """``{annotation: public key}`` that a node offers to the API for itself; empty where there is nothing to do.
+
+    ``candidate``: its own Node. While a node has two keys, a rotation is under way: it publishes the new one and takes the old one back
+    before the node knows, and what it took back must not come again.
+    """
+    keys = document["nodes"].get(candidate["name"], {}).get("public_keys", {})
+    if len(keys) != 1:
+        return {}
+    return {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
+            if candidate["annotation_keys"].get(generation) != key}
+
+
 # --- what the kernel shall hold ------------------------------------------------------------------------------------------------------
 
 def hindrance(document, node, has_key):
@@ -434,6 +447,17 @@ def prove_again(asked):
     return PROVE_AGAIN[min(max(asked, 1), len(PROVE_AGAIN)) - 1]
 
 
+def guard_words(steps):
+    """Steps of `_guard_plan.plan_guard` in a few words."""
+    found = []
+    for step in steps:
+        if step["op"] == "change_elements":
+            found.append("%s: %d in, %d out" % (step["set"], len(step["add"]), len(step["remove"])))
+        else:
+            found.append("the table is loaded, %s" % step["reason"])
+    return ", ".join(found)
+
+
 # --- what is told ----------------------------------------------------------------------------------------------------------------------
 
 METRICS = (
@@ -441,15 +465,19 @@ METRICS = (
     ("kubemesh_peer_receive_bytes_total", "counter", "Bytes received from a peer."),
     ("kubemesh_peer_transmit_bytes_total", "counter", "Bytes sent to a peer."),
     ("kubemesh_peer_encrypted", "gauge", "Whether traffic to a peer goes through the tunnel, as far as this node knows (1 or 0)."),
+    ("kubemesh_guard_dropped_packets_total", "counter", "Packets that strict mode dropped, as they were not in the tunnel."),
 )
 
 
-def metrics_text(rows, summary):
-    """What node_exporter's textfile collector reads. ``rows``: of `_status.join`; ``summary``: `state_of`.
+def metrics_text(rows, summary, dropped=None):
+    """What node_exporter's textfile collector reads. ``rows``: of `_status.join`; ``summary``: `state_of`, with the state of the guard;
+    ``dropped``: the counters of the guard, where there is one.
 
     Names of nodes are checked before they get here, and keys are base64, so neither needs quoting.
     """
     values = {name: [] for name, dummy, dummy2 in METRICS}
+    for name, counts in sorted((dropped or {}).items()):
+        values["kubemesh_guard_dropped_packets_total"].append(('{what="%s"}' % name, counts["packets"]))
     for row in rows:
         unknown = row["name"] == "(unknown)"
         label = '{peer="%s"}' % ("unknown " + row["public_key"][:8] if unknown else row["name"])
@@ -470,6 +498,8 @@ def metrics_text(rows, summary):
             ("kubemesh_agent_unproven_peers", "Peers without routes, because they were not reached through the tunnel.",
              summary["unproven_count"]),
             ("kubemesh_agent_ok", "Whether the agent does its work (1), or something is in its way (0).", int(not summary["hindrance"])),
+            ("kubemesh_guard_in_force", "Whether strict mode's guard is as it shall be (1 or 0); absent without strict mode.",
+             None if summary["guard"] == "off" else int(summary["guard"] == "in force")),
             ("kubemesh_agent_written_timestamp_seconds", "When this was written, by the clock of this node.", summary["time"])):
         if value is not None:
             number = "%.6g" % value if value < 1e6 else "%d" % value
@@ -493,13 +523,13 @@ def parse_state(text):
     except ValueError:
         return None
     wanted = {"schema", "api", "hindrance", "warnings", "warning_count", "lag", "unproven", "unproven_count", "waits_for_run", "serial",
-              "generation", "nodes", "time", "counts", "base"}
+              "generation", "nodes", "time", "counts", "base", "guard"}
     # The agent's user is less than root, who reads this.
     if not isinstance(state, dict) or set(state) != wanted or state["schema"] != STATE_SCHEMA:
         return None
     if not isinstance(state["time"], (int, float)):
         return None
-    texts = [state[field] for field in ("api", "hindrance", "waits_for_run")]
+    texts = [state[field] for field in ("api", "hindrance", "waits_for_run", "guard")]
     for field in ("warnings", "unproven"):
         if not isinstance(state[field], list) or len(state[field]) > NAMES_SHOWN:
             return None

@@ -19,12 +19,14 @@ GUARD_UNIT_FILE = "/etc/systemd/system/" + GUARD_UNIT
 NFTABLES_DROPIN = "/etc/systemd/system/nftables.service.d/kubemesh-guard.conf"
 OWN_FOLDERS = ("/etc/kubemesh", "/etc/systemd/system/nftables.service.d")
 
-# It names every node, and which traffic of theirs is spared: nothing that anybody but root has to read.
-MODE_GUARD = 0o600
+# It says which traffic is spared: nothing that others have to read. Where the node agent is installed, the directory belongs to its group,
+# and with it this file; else to root's.
+MODE_GUARD = 0o640
 MODE_PUBLIC = 0o644
 
 # Lines of what nft says when it refuses something; behind the first few it draws the rest of the file.
 ERROR_LINES = 3
+LEFT_SHOWN = 10
 
 
 # --- nft ---------------------------------------------------------------------------------------------------------------------------------
@@ -122,6 +124,14 @@ def replace(system, wanted):
     load(system, plan.ruleset_text(wanted, read_counters(system)))
 
 
+def check_in_force(current, reference):
+    """Raise MeshError where the live table, after it was changed, still is not the wanted one."""
+    left = [line for step in plan.plan_guard(current, reference) for line in plan.describe(step, {})]
+    if left:
+        raise MeshError("the kernel took the rules, but table %s is not what it should be (%s): something else on this node changes it; "
+                        "look at `nft monitor`" % (plan.TABLE, "; ".join(left[:LEFT_SHOWN])))
+
+
 def read_counters(system):
     """{counter: {"packets", "bytes"}} of the live guard, None where there is none or no nft. Cheap: the elements are not read."""
     rc, out, dummy = system.try_run(["nft", "-j", "list", "counters", "table", "inet", plan.TABLE])
@@ -129,12 +139,13 @@ def read_counters(system):
     return plan.counts_of(table) if table else None
 
 
-def guard_status(system, compare=True):
+def guard_status(system, compare=True, document=None, node=None):
     """What holds on this node, for who only looks: {"present": whether there is a table, "in_force": whether it is what its file says,
     "at_boot": whether it comes back, "reason": what is wrong or "", "counters"}.
 
     A node that was never guarded needs no nft for this. Without ``compare`` the elements are not read, which at thousands of nodes are tens
-    of thousands, and "in_force" is None.
+    of thousands, and "in_force" is None. ``document``: the one that the agent of this node works by, which has what changed since the file
+    was written.
     """
     text = read_text(GUARD_FILE)
     result = {"present": False, "in_force": False, "at_boot": False, "reason": "", "counters": plan.counts_of(None)}
@@ -153,6 +164,12 @@ def guard_status(system, compare=True):
     result["at_boot"] = system.unit(GUARD_UNIT)["enabled"]
     if not compare:
         return result
+    if document is not None:
+        try:
+            text = plan.ruleset_text(plan.wanted_guard(document, node, plan.settings_of(text)))
+        except MeshError as exc:
+            result["reason"] = "%s: %s" % (GUARD_FILE, exc)
+            return result
     steps = plan.plan_guard(current, reference(system, text))
     result["in_force"] = not steps
     if steps:

@@ -54,6 +54,14 @@ COUNTERS = ("out_pods", "in_pods", "out_nodes", "in_nodes")
 PRIORITY_OUT, PRIORITY_IN = 90, -110
 HEADER = "# Written by kubemesh.wireguard; loaded by kubemesh-guard.service at boot. Changes made here are lost.\n"
 
+# The line of the ruleset that says what it was made from, as JSON: who keeps it up to date later needs no other source.
+SETTINGS_MARK = "# settings: "
+_SETTINGS = {
+    "encrypt": str, "interfaces": list, "ports": (list, type(None)), "fwmark": int, "exempt_nodes": list, "exempt_cidrs": list,
+    "admin_ports": list, "pod_networks": list,
+}
+_ITEMS = {"ports": int, "admin_ports": int}
+
 # Sets of addresses, each in a version of its own for IPv4 and IPv6, and what they are to people.
 PREFIX_SETS = {"pods": "pods", "own_pods": "own pods", "nodes": "node", "exempt": "exempt"}
 # The other sets: type of nftables, and what an element is to people.
@@ -96,6 +104,22 @@ def check_settings(settings):
     return dict(settings, **{field: [canonical_cidr(text) for text in settings[field]] for field in ("exempt_cidrs", "pod_networks")})
 
 
+def settings_of(text):
+    """The settings that a text of `ruleset_text` was made from; `MeshError` where it does not say."""
+    line = next((line for line in text.splitlines() if line.startswith(SETTINGS_MARK)), None)
+    try:
+        settings = json.loads(line[len(SETTINGS_MARK):]) if line else None
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or set(settings) != set(_SETTINGS) or not all(
+            isinstance(settings[field], kind) and not isinstance(settings[field], bool)
+            and (not isinstance(settings[field], list) or all(type(item) is _ITEMS.get(field, str) for item in settings[field]))
+            for field, kind in _SETTINGS.items()) or settings["encrypt"] not in ("pods", "nodes"):
+        raise MeshError("the file of the guard does not say what it was made from: it is another version's, or was changed; run the "
+                        "playbook enable again")
+    return check_settings(settings)
+
+
 def wanted_guard(doc, node, settings):
     """What the guard of one node holds.
 
@@ -103,7 +127,7 @@ def wanted_guard(doc, node, settings):
     :param settings: {"encrypt": "pods"|"nodes", "interfaces": [mesh devices], "ports": [UDP ports of WireGuard] or None for those of the
         document, "fwmark": int, "exempt_nodes": [names], "exempt_cidrs", "pod_networks": [CIDRs], "admin_ports": [TCP ports]}.
     :returns: {"encrypt", "fwmark", "elements": {set: [(element, name of the node or "")]}, "guarded": number of nodes,
-        "exempt": [names in force], "warnings": [text]}.
+        "exempt": [names in force], "warnings": [text], "settings": as given, canonical}.
 
     Excluded nodes cannot be in the tunnel, so what goes to them is left alone. A node that is still pending is guarded: nothing is in
     clear while it has no key.
@@ -137,7 +161,31 @@ def wanted_guard(doc, node, settings):
     elements["admin_ports"] = [(str(port), "") for port in sorted(set(settings["admin_ports"]))]
     return {
         "encrypt": settings["encrypt"], "fwmark": settings["fwmark"], "elements": elements, "guarded": len(guarded),
-        "exempt": sorted(exempt), "warnings": warnings_of(doc, node, settings, guarded)}
+        "exempt": sorted(exempt), "warnings": warnings_of(doc, node, settings, guarded),
+        "settings": {field: settings[field] for field in _SETTINGS}}
+
+
+def between(current, wanted):
+    """What a guard holds on its way to another, like `wanted_guard`: what the live table (or None) drops and what the wanted one does.
+
+    So a node is guarded before anything else changes for it, and until nothing of it is left. Pods of this node that another one had are
+    let go at once: there is no way out of the node to them any more.
+    """
+    elements = dict(wanted["elements"])
+    for version in (4, 6):
+        own = covered([piece for piece, dummy in wanted["elements"]["own_pods%d" % version]])
+        for what in ("pods", "own_pods", "nodes"):
+            name = "%s%d" % (what, version)
+            held = current["elements"].get(name, ()) if current else ()
+            pieces = [piece for one in held for piece in without(one, own)] if what == "pods" else held
+            elements[name] = merged(wanted["elements"][name] + [(piece, "") for piece in pieces])
+    return dict(wanted, elements=elements)
+
+
+def table_of(wanted, skeleton):
+    """A table as a reference would be, from a skeleton that nft printed of the same rules: sets are printed alike by all versions."""
+    return {"skeleton": skeleton, "counters": {},
+            "elements": {name: sorted(element for element, dummy in pairs) for name, pairs in wanted["elements"].items()}}
 
 
 def pods_of(doc):
@@ -282,7 +330,8 @@ def ruleset_text(wanted, counters=None):
 
     ``counters``: what the counters begin with, {name: {"packets", "bytes"}}.
     """
-    lines = ["table inet %s {}" % TABLE, "delete table inet %s" % TABLE, "table inet %s {" % TABLE]
+    lines = [SETTINGS_MARK + json.dumps(wanted["settings"], sort_keys=True), "table inet %s {}" % TABLE, "delete table inet %s" % TABLE,
+             "table inet %s {" % TABLE]
     for name in COUNTERS:
         counts = (counters or {}).get(name) or {"packets": 0, "bytes": 0}
         lines.append("\tcounter %s { packets %d bytes %d }" % (name, counts["packets"], counts["bytes"]))
@@ -292,11 +341,17 @@ def ruleset_text(wanted, counters=None):
         for version in (4, 6):
             name = "%s%d" % (what, version)
             lines += set_lines(name, "ipv%d_addr" % version, True, wanted["elements"][name])
+    return HEADER + "\n".join(lines) + "\n" + rules_text(wanted) + "}\n"
+
+
+def rules_text(wanted):
+    """The chains of the table, as they stand in `ruleset_text`."""
+    lines = []
     for name, rules in chains(wanted):
         lines.append("\tchain %s {" % name)
         lines += ["\t\t" + rule for rule in rules]
         lines.append("\t}")
-    return HEADER + "\n".join(lines) + "\n}\n"
+    return "".join(line + "\n" for line in lines)
 
 
 def set_lines(name, kind, intervals, pairs):

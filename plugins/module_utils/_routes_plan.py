@@ -303,10 +303,8 @@ def rule_from_ip(item, family):
     mask = int(str(item.get("fwmask", "0xffffffff")), 0)
     # iif_detached: that device is not there now.
     ours = {"priority", "src", "srclen", "table", "not", "fwmark", "fwmask", "protocol", "iif", "iif_detached"}
-    if iif:
-        strange = inverted or bool(source) or (marked and mark != 0)
-    else:
-        strange = inverted != marked or (inverted and (mark != mask or bool(source)))
+    of_device = not inverted and not source and mark == 0
+    of_others = inverted == marked and not (inverted and (mark != mask or source))
     return {
         "family": family,
         "priority": int(item.get("priority", 0)),
@@ -316,7 +314,7 @@ def rule_from_ip(item, family):
         "not_fwmark": mark if inverted else mask if iif and marked else 0,
         # Ours look at a prefix, or they are "not" a mark that is its own mask, or look at a device, perhaps without a mark; anything else
         # (suppressors, a prefix that is inverted) makes it another rule.
-        "foreign": bool(set(item) - ours) or host_bits or strange,
+        "foreign": bool(set(item) - ours) or host_bits or not (of_device if iif else of_others),
     }
 
 

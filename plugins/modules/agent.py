@@ -20,8 +20,11 @@ description:
     holds the lock of the node.
   - A peer that is new is proven through the tunnel before anything is sent to it. A peer is removed only when the API's list was complete
     and without it for O(grace).
-  - It needs nothing but Python's standard library and iproute2, has a user of its own, and no capability but C(CAP_NET_ADMIN). Where
-    WireGuard is a userspace implementation it runs as root with that one capability, as the control socket of the device is root's.
+  - Where M(kubemesh.wireguard.guard) is in force, the agent keeps its sets up to the nodes that come and go, and mends its table. Whether
+    there is a guard, and what it spares, is what the last run left in the guard's file.
+  - It needs nothing but Python's standard library, iproute2, and nftables where there is a guard. It has a user of its own, and no
+    capability but C(CAP_NET_ADMIN). Where WireGuard is a userspace implementation it runs as root with that one capability, as the control
+    socket of the device is root's.
   - Removing it changes nothing in the kernel. The mesh stays as it is.
 extends_documentation_fragment:
   - kubemesh.wireguard._attributes
@@ -213,7 +216,7 @@ def present(module, system):
         steps.append({"op": "add_user", "path": _agent_install.USER})
     # a token is read again by itself
     restart = any(step["op"] != "write_token" for step in steps)
-    if not (unit["enabled"] and unit["active"]):
+    if not (unit["enabled"] and unit["active"] and system.unit(_agent_install.GUARD_UNIT)["enabled"]):
         steps.append({"op": "start_unit", "path": _agent_install.UNIT})
     if steps and not module.check_mode:
         _agent_install.apply_present(system, steps, params["token"], files, restart)

@@ -234,7 +234,6 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import 
 # Items; results must stay small at 5,000 nodes, the node has the rest.
 NAMES_SHOWN = 50
 STEPS_SHOWN = 200
-LEFT_SHOWN = 10
 
 SETTINGS = ("encrypt", "interfaces", "ports", "fwmark", "exempt_nodes", "exempt_cidrs", "admin_ports", "pod_networks")
 
@@ -275,7 +274,7 @@ def converge(module, system):
         live.apply_files(system, file_steps, units)
         after = live.apply_steps(system, steps, wanted, reference)
         if steps and wanted:
-            check_in_force(after, reference)
+            live.check_in_force(after, reference)
             counters = plan.counts_of(after)
 
     for warning in wanted["warnings"] if wanted else []:
@@ -297,14 +296,6 @@ def converge(module, system):
             "before_header": step["path"], "after_header": step["path"], "before": step["before"] or "", "after": step.get("after", ""),
         } for step in file_steps]
     return result
-
-
-def check_in_force(current, reference):
-    """Raise MeshError where the live table, after it was changed, still is not the wanted one."""
-    left = [line for step in plan.plan_guard(current, reference) for line in plan.describe(step, {})]
-    if left:
-        raise MeshError("the kernel took the rules, but table %s is not what it should be (%s): something else on this node changes it; "
-                        "look at `nft monitor`" % (plan.TABLE, "; ".join(left[:LEFT_SHOWN])))
 
 
 def file_texts(steps):

@@ -262,10 +262,11 @@ agent:
       description:
         - What it says of itself, null where it said nothing yet. Most of all C(api), which is C(watching) or what is wrong; C(hindrance),
           why it does nothing; C(lag), seconds from the last change of the API to the kernel; C(unproven), peers that were not reached
-          through the tunnel yet.
+          through the tunnel yet; C(guard), whether the guard is V(in force), V(not in force) or V(off).
       type: dict
       sample:
         api: watching
+        guard: "off"
         hindrance: ""
         lag: 0.11
         unproven: []
@@ -292,9 +293,12 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interfa
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import guard_status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, node_entry
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, is_peer, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import HEADER, SYSCTL_FILE, paths_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document, read_sysctl, read_text
+
+# What `is_peer` is told of a node that a document does not have.
+NOBODY = {"state": "excluded", "public_keys": {}}
 
 
 def loose_filter_warnings(interface):
@@ -386,7 +390,10 @@ def look(params, system):
         underlay = [name for name in _status.loose_devices(read_text(SYSCTL_FILE)) if name not in generations_of(params["interface"])]
         for name in ours + underlay:
             warnings += loose_filter_warnings(name)
-    guard = guard_status(system, compare=params["detail"] != "none" or bool(params["node"]))
+    # Without the name of this node nobody can tell what an agent makes of the guard.
+    compare = bool(params["node"]) or (params["detail"] != "none" and effective is None)
+    kept_up = effective if effective is not None and is_peer(effective["nodes"].get(params["node"]) or NOBODY) else None
+    guard = guard_status(system, compare, kept_up, params["node"])
     if guard["reason"]:
         warnings.append("strict mode: %s; run the playbook enable" % guard["reason"])
     there = [item for item in found if item["link"] is not None or item["key"] or item["boot"] or item["routes"]]

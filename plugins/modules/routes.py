@@ -114,7 +114,8 @@ options:
       - V(known) leaves those to the way of the CNI that come from pods of this node whose addresses are in no prefix of the mesh document
         yet. No peer would accept them from the tunnel. What comes from this host, from its prefixes in the document, and from other hosts
         by the devices of its addresses is steered.
-      - For clusters where prefixes follow the pods and pods may be reached outside the tunnel. With M(kubemesh.wireguard.guard) take V(all).
+      - For clusters where prefixes follow the pods and pods may be reached outside the tunnel. With M(kubemesh.wireguard.guard) take
+        V(all).
     type: str
     choices:
       - all

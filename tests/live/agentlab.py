@@ -18,23 +18,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "api"))
 import apiserver
 import netlab
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan, _mesh, _routes_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan, _guard_plan, _mesh, _routes_plan
 
 PORT, TABLE, PRIORITY, MARK = 51840, 51840, 400, 0x1000
 PROGRAM = "ansible_collections.kubemesh.wireguard.plugins.module_utils._agent"
 KEY = "kubemesh.wireguard/public-key-0"
 API = "api"
+# Of every wait; on a machine that does other things as well, KUBEMESH_LIVE_PATIENCE multiplies it.
+PATIENCE = float(os.environ.get("KUBEMESH_LIVE_PATIENCE", "1"))
+
+# Sends a marker every few milliseconds to a UDP port, from a number on, and does not mind who drops it.
+SEND_ON = """
+import contextlib, itertools, socket, sys, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as each:
+    for number in itertools.count(int(sys.argv[2])):
+        with contextlib.suppress(OSError):
+            each.sendto(b"<kmg-%d>" % number, (sys.argv[1], 7))
+        time.sleep(0.005)
+"""
 
 
 class AgentLab:
     """``hosts``: all nodes; ``members``: those of the first document. The others have a device with a key, and no peers. A context manager.
 
-    ``grace`` in seconds. ``pod_source``: as `_pods.SOURCES`; with any but node_cidrs a node has the prefixes of `prefixes` in the first
-    document, its Node none, and its rules steer by known sources.
+    ``grace`` in seconds; ``encrypt`` as the variable mesh_encrypt; ``strict``: settings of the guard that every node has, beside the usual
+    ones, or None. ``pod_source``: as `_pods.SOURCES`; with any but node_cidrs a node has the ``prefixes`` of the first document, its Node
+    none, and its rules steer by known sources.
     """
 
-    def __init__(self, folder, hosts, members=None, grace=1, pod_source="node_cidrs", prefixes=None):
+    def __init__(self, folder, hosts, members=None, grace=1, encrypt="pods", strict=None, pod_source="node_cidrs", prefixes=None):
         self.folder, self.hosts, self.grace = Path(folder), list(hosts), grace
+        self.encrypt, self.strict = encrypt, strict
         self.pod_source, self.prefixes = pod_source, prefixes or {}
         self.pods = {}
         self.members = list(members or hosts)
@@ -51,6 +65,8 @@ class AgentLab:
                 self.api.apply("nodes", self.node(host))
             for host in self.hosts:
                 self._prepare(host)
+                if self.strict is not None:
+                    self.guard(host, **self.strict)
         except BaseException:
             self.__exit__()
             raise
@@ -121,7 +137,7 @@ class AgentLab:
             self.api.delete("nodes", host)
         self.members = own
         (place / "mesh.json").write_bytes(_mesh.document_bytes(document))
-        settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": "pods", "send": True,
+        settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": self.encrypt, "send": True,
                     "iifs": [], "own_cidrs": None}
         if self.pod_source != "node_cidrs":
             settings["iifs"] = ["lo", "eth0", self.devices[host]]
@@ -131,7 +147,8 @@ class AgentLab:
         (place / "agent.json").write_text(_agent_plan.config_text(dict({
             "node": host, "server": self.api.url, "ca_file": self.api.ca_file, "token_file": str(place / "token"),
             "interface": self.devices[host][:-1], "table": TABLE, "rule_priority": PRIORITY, "fwmark": MARK, "exempt_cidrs": [],
-            "exclude_nodes": [], "service_cidrs": [], "pod_source": self.pod_source, "grace": self.grace, "document_file": str(place / "mesh.json"),
+            "exclude_nodes": [], "service_cidrs": [], "pod_source": self.pod_source, "grace": self.grace,
+            "document_file": str(place / "mesh.json"),
             "boot_folder": str(place / "boot"), "lock_file": str(place / "lock" / "lock.json"), "runtime": str(place / "runtime"),
             "state": str(place / "state"), "metrics_file": str(place / "state" / "kubemesh.prom")}, **config)))
 
@@ -159,6 +176,30 @@ class AgentLab:
         # a lost neighbour request must not count
         return ", 0 received" not in netlab.run(
             "ip", "netns", "exec", where, "ping", "-q", "-c", "2", "-i", "0.2", "-W", "2", target, check=False)
+
+    def guard(self, host, **settings):
+        """The guard of a host, as the module of that name leaves it: in the kernel, and in the file for the boot."""
+        stem = self.devices[host][:-1]
+        document = _mesh.load_document((self.place(host) / "mesh.json").read_text())
+        wanted = _guard_plan.wanted_guard(document, host, dict({
+            "encrypt": self.encrypt, "interfaces": [stem + "0", stem + "1"], "ports": None, "fwmark": MARK, "exempt_nodes": [],
+            "exempt_cidrs": [], "pod_networks": [], "admin_ports": [22]}, **settings))
+        path = self.place(host) / "boot" / "guard.nft"
+        path.with_suffix(".new").write_text(_guard_plan.ruleset_text(wanted))
+        path.with_suffix(".new").replace(path)
+        self.load_guard(host)
+
+    def load_guard(self, host):
+        """What the boot does."""
+        self.net.exec(host, "nft", "-f", str(self.place(host) / "boot" / "guard.nft"))
+
+    def clear_way(self, host, other):
+        """Lead what a host sends to the pods of another outside the mesh, as a CNI does."""
+        self.net.ip(host, "route replace %s via %s" % (self.cidr(other), self.net.address(other)))
+
+    def send_on(self, host, address, first=1):
+        """Start to send markers to an address, see `SEND_ON`."""
+        return self.net.start(host, sys.executable, "-S", "-c", SEND_ON, address, first)
 
     # --- agents
 
@@ -208,9 +249,22 @@ class AgentLab:
         wanted = {self.cidr(other) for other in others} | {self.net.address(other) for other in others}
         return self.routes(host) == wanted
 
+    def guarded(self, host, name="pods4"):
+        """The elements of a set of the guard; None where there is no table."""
+        text = self.net.exec(host, "nft", "-j", "list", "table", "inet", _guard_plan.TABLE, check=False)
+        if not text.strip():
+            return None
+        return {_guard_plan.interval_text(piece) for piece in _guard_plan.table_from_nft(text)["elements"][name]}
+
+    def dropped(self, host):
+        """Packets that the guard dropped."""
+        text = self.net.exec(host, "nft", "-j", "list", "counters", "table", "inet", _guard_plan.TABLE, check=False)
+        found = json.loads(text)["nftables"] if text.strip() else []
+        return sum(item["counter"]["packets"] for item in found if "counter" in item)
+
     def wait(self, ready, what, seconds=30.0):
         try:
-            netlab.wait_for(ready, what, seconds)
+            netlab.wait_for(ready, what, seconds * PATIENCE)
         except RuntimeError as exc:
             logs = "".join("--- %s\n%s" % (host, self.log(host)) for host in self.hosts)
             raise AssertionError("%s\n%s" % (exc, logs)) from None
@@ -218,7 +272,7 @@ class AgentLab:
     def whole(self, *hosts):
         """Wait until each of these nodes sends to all others of them, and to nobody else."""
         for host in hosts:
-            self.wait(lambda host=host: self.sends_to(host, *[other for other in hosts if other != host]) and self.rules(host) == 2,
+            self.wait(lambda host=host: self.sends_to(host, *[other for other in hosts if other != host]) and self.rules(host) == (2 if self.encrypt == "pods" else 3),
                       "routes of %s to all of %s" % (host, ", ".join(hosts)))
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,30 @@ basic._ANSIBLE_PROFILE = "legacy"
 module = __import__("ansible_collections.kubemesh.wireguard.plugins.modules." + name, fromlist=["main"])
 module.main()
 """
+
+# Prints the marker of every packet that is seen: on all devices ("wire"), or that came to a UDP port of this host.
+LISTEN = r"""
+import re, select, socket, sys
+if sys.argv[1] == "wire":
+    sockets = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))]
+    sockets[0].setsockopt(socket.SOL_SOCKET, 33, 1 << 26)  # SO_RCVBUFFORCE
+else:
+    sockets = []
+    for port in sys.argv[2:]:
+        sockets.append(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        sockets[-1].bind(("::", int(port)))
+print("ready", flush=True)
+while True:
+    for each in select.select(sockets, [], [])[0]:
+        data, source = each.recvfrom(65535)
+        for marker in re.findall(rb"<kmg-\d+>", data):
+            print(marker.decode(), flush=True)
+            if sys.argv[1] == "echo":
+                each.sendto(b"answer " + data, source)
+"""
+
+# Seconds in which a packet that passes is there; it takes less than a millisecond.
+SOON = 5.0
 
 
 def why_not():
@@ -157,6 +182,35 @@ class Net:
                 process.wait(timeout=5)
         for name in self.namespaces:
             run("ip", "netns", "del", name, check=False)
+
+
+class Listener:
+    """What `LISTEN` sees in a network namespace, from now on: ``"wire"``, ``"udp"`` or ``"echo"`` with ports."""
+
+    def __init__(self, net, namespace, *arguments):
+        self.seen, self.news = set(), threading.Condition()
+        self.process = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, sys.executable, "-c", LISTEN] + [str(word) for word in arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        net.processes.append(self.process)
+        if self.process.stdout.readline().strip() != "ready":
+            raise RuntimeError("nobody listens in %s" % namespace)
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self.news:
+                self.seen.add(line.strip())
+                self.news.notify_all()
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(timeout=SOON)
+
+    def wait(self, marker, seconds=SOON):
+        with self.news:
+            return self.news.wait_for(lambda: marker in self.seen, seconds)
 
 
 def wait_for(ready, what, seconds=20.0):

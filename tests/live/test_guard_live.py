@@ -18,7 +18,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -34,8 +33,6 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0 or bool(MISSING), reason="live
 
 PORT = 51840
 MARK = 0x1000
-# Seconds in which a packet that passes is there; it takes less than a millisecond.
-SOON = 5.0
 FAMILIES = ("ipv4", "ipv6")
 # On the wire, and no node.
 NOBODY = {"ipv4": "198.18.7.200", "ipv6": "fd00:187::200"}
@@ -75,27 +72,6 @@ else:
     basic._ANSIBLE_PROFILE = "legacy"
     from ansible_collections.kubemesh.wireguard.plugins.modules import guard
     guard.main()
-"""
-
-# Prints the marker of every packet that is seen: on all devices ("wire"), or that came to a UDP port of this host.
-LISTEN = r"""
-import re, select, socket, sys
-if sys.argv[1] == "wire":
-    sockets = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))]
-    sockets[0].setsockopt(socket.SOL_SOCKET, 33, 1 << 26)  # SO_RCVBUFFORCE
-else:
-    sockets = []
-    for port in sys.argv[2:]:
-        sockets.append(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
-        sockets[-1].bind(("::", int(port)))
-print("ready", flush=True)
-while True:
-    for each in select.select(sockets, [], [])[0]:
-        data, source = each.recvfrom(65535)
-        for marker in re.findall(rb"<kmg-\d+>", data):
-            print(marker.decode(), flush=True)
-            if sys.argv[1] == "echo":
-                each.sendto(b"answer " + data, source)
 """
 
 # Sends packets as JSON says, prints what became of them: "sent", the error, or "answered".
@@ -145,35 +121,6 @@ for packet in json.load(sys.stdin):
 NUMBERS = itertools.count(1)
 
 
-class Listener:
-    """What one of the programs above sees, from now on."""
-
-    def __init__(self, lab, namespace, *arguments):
-        self.seen, self.news = set(), threading.Condition()
-        self.process = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, sys.executable, "-c", LISTEN] + [str(word) for word in arguments],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-        lab.net.processes.append(self.process)
-        if self.process.stdout.readline().strip() != "ready":
-            raise RuntimeError("nobody listens in %s" % namespace)
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            with self.news:
-                self.seen.add(line.strip())
-                self.news.notify_all()
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(timeout=SOON)
-
-    def wait(self, marker, seconds=SOON):
-        with self.news:
-            return self.news.wait_for(lambda: marker in self.seen, seconds)
-
-
 class Lab:
     """Nodes a and b with two pods each, and a host x that is no node."""
 
@@ -189,8 +136,8 @@ class Lab:
             net.ip(host, "link set wgmesh0 up")
         self.ways("eth0")
         self.learn_neighbours()
-        self.wire = Listener(self, net.fabric, "wire")
-        self.at = {place: Listener(self, self.namespace(place), "udp", 7) for place in ("a", "b", "pod-a1", "pod-a2", "pod-b1")}
+        self.wire = netlab.Listener(net, net.fabric, "wire")
+        self.at = {place: netlab.Listener(net, self.namespace(place), "udp", 7) for place in ("a", "b", "pod-a1", "pod-a2", "pod-b1")}
 
     def add_node(self, host, number):
         net = self.net
@@ -448,7 +395,7 @@ def test_wireguards_own_packets(lab, family):
         assert not lab.leaks("a", there, sport=PORT, port=PORT), "without the mark"
         assert not lab.leaks("a", there, sport=PORT, port=PORT, mark=0x4000)
         assert not lab.leaks("a", there, sport=5353, port=60000, mark=MARK), "the mark alone is not enough"
-    with contextlib.closing(Listener(lab, lab.namespace("a"), "udp", PORT)) as listener, lab.counted("a"):
+    with contextlib.closing(netlab.Listener(lab.net, lab.namespace("a"), "udp", PORT)) as listener, lab.counted("a"):
         assert lab.passes("b", lab.address("a", family), listener, sport=PORT, port=PORT)
     with lab.counted("a", out_pods=1):
         assert not lab.leaks("a", lab.address("pod-b1", family), sport=PORT, port=PORT, mark=MARK), "never to a pod"
@@ -459,7 +406,7 @@ def test_wireguards_packets_behind_a_masquerade_that_changes_their_port(lab, siz
     """Those with --random-fully do (ip-masq-agent, kindnet). The big ones come in fragments, of which only the first has a port."""
     packet = {"to": lab.address("b", "ipv4"), "sport": PORT, "port": PORT, "mark": MARK, "answer": 1.0, "size": size}
     lab.net.nft("a", "chain post { type nat hook postrouting priority 100; udp dport %d masquerade random,fully-random; }" % PORT)
-    with contextlib.closing(Listener(lab, lab.namespace("b"), "echo", PORT)):
+    with contextlib.closing(netlab.Listener(lab.net, lab.namespace("b"), "echo", PORT)):
         for encrypt in ("pods", "nodes"):
             lab.guard("a", encrypt=encrypt)
             with lab.counted("a"):
@@ -471,7 +418,7 @@ def test_what_the_preflight_measures_with(lab, family):
     """From any port to one of WireGuard's, and back."""
     lab.guard("a", encrypt="nodes")
     packet = {"to": lab.address("b", family), "port": PORT + 1, "answer": 1.0}
-    with contextlib.closing(Listener(lab, lab.namespace("b"), "echo", PORT + 1)):
+    with contextlib.closing(netlab.Listener(lab.net, lab.namespace("b"), "echo", PORT + 1)):
         with lab.counted("a"):
             assert lab.send("a", dict(packet, marker="<kmg-%d>" % next(NUMBERS), mark=MARK)) == ["answered"]
         with lab.counted("a", out_nodes=1):
@@ -483,7 +430,7 @@ def test_wireguards_packets_in_fragments(lab, family):
     """The way between the nodes may be narrower than anybody thought; only the first fragment has a port."""
     lab.guard("a", encrypt="nodes")
     packet = {"to": lab.address("a", family), "sport": PORT, "port": PORT, "answer": 1.0, "size": 3000}
-    with contextlib.closing(Listener(lab, lab.namespace("a"), "echo", PORT)), lab.counted("a", out_nodes=1):
+    with contextlib.closing(netlab.Listener(lab.net, lab.namespace("a"), "echo", PORT)), lab.counted("a", out_nodes=1):
         # The answer has no mark, so that it is dropped: that it was sent says that the request came.
         assert lab.send("b", dict(packet, marker="<kmg-%d>" % next(NUMBERS))) == ["TimeoutError"]
 
@@ -499,7 +446,7 @@ def test_a_node_that_forwards_the_tunnel_of_others(lab):
             "state": "member", "reason": "", "uid": "", "public_keys": {"0": "Y" * 42 + "A="}, "endpoints": {}, "pod_cidrs": [],
             "node_addresses": ["198.18.7.77"], "probe_addresses": {"0": _mesh.probe_address("Y" * 42 + "A=")}, "mtu": None, "keepalive": 0})
         lab.guard("a", encrypt="nodes", document_file=document)
-        with contextlib.closing(Listener(lab, lab.namespace("x"), "udp", PORT, 7)) as far:
+        with contextlib.closing(netlab.Listener(lab.net, lab.namespace("x"), "udp", PORT, 7)) as far:
             with lab.counted("a"):
                 assert lab.passes("b", "198.18.7.77", far, sport=PORT, port=PORT)
             with lab.counted("a", in_nodes=1):

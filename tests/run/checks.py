@@ -379,11 +379,10 @@ def build(context):
     for venv in venvs:
         env = environment(context, venv, ANSIBLE_COLLECTIONS_PATH=collections)
         context.run([venv / "bin" / "ansible-doc", "--list", "kubemesh.wireguard"], env=env, cwd=context.work)
-        for path in sorted((installed / "plugins" / "modules").glob("*.py")):
-            context.run([venv / "bin" / "ansible-doc", f"kubemesh.wireguard.{path.stem}"], env=env, cwd=context.work)
-        for name in playbooks:
-            command = [venv / "bin" / "ansible-playbook", "--syntax-check", "-i", inventory, f"kubemesh.wireguard.{name}"]
-            context.run(command, env=env, cwd=context.work)
+        modules = sorted(path.stem for path in (installed / "plugins" / "modules").glob("*.py"))
+        context.run([venv / "bin" / "ansible-doc", *(f"kubemesh.wireguard.{name}" for name in modules)], env=env, cwd=context.work)
+        command = [venv / "bin" / "ansible-playbook", "--syntax-check", "-i", inventory]
+        context.run([*command, *(f"kubemesh.wireguard.{name}" for name in playbooks)], env=env, cwd=context.work)
     return Result(remark=f"{archive.name}, {len(playbooks)} playbooks, {len(venvs)} versions of ansible-core")
 
 
@@ -481,6 +480,7 @@ def collections_path(context):
 LAB_FILES = {
     "lab-self": ("test_lab_self.py",),
     "lab-runner": ("test_runner.py",),
+    "lab-agent": ("test_agent.py", "test_published_keys.py"),
     "lab-variants": ("test_variants.py",),
     "lab-kill": ("test_kill.py",),
     "lab-change": ("test_faults.py", "test_change.py", "test_rotation.py", "test_strict.py"),
@@ -524,6 +524,12 @@ def lab_kill(context):
 def lab_change(context):
     """What changes while a mesh is in use, strict mode, hosts and batches that fail."""
     return lab_tests(context, "lab-change")
+
+
+@check("lab-agent", timeout=3600, cores=2)
+def lab_agent(context):
+    """Node agents and published keys with an API server: what comes, changes and goes, and what goes wrong, with traffic."""
+    return lab_tests(context, "lab-agent")
 
 
 @check("lab-self", timeout=600, cores=2)

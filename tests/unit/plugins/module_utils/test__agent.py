@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 
 import pytest
 
@@ -16,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import documents
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_plan, _mesh
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_guard, _agent_plan, _mesh
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_watch import ApiError
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
@@ -62,7 +63,8 @@ def agent(tmp_path):
     doc = documents.document({"w%d" % number: documents.entry(number) for number in (1, 2)})
     (tmp_path / "mesh.json").write_bytes(_mesh.document_bytes(doc))
     config = {"node": "w1", "server": "https://192.0.2.1", "ca_file": None, "token_file": None, "interface": "wgmesh", "table": 51840,
-              "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [], "pod_source": "node_cidrs", "grace": 60,
+              "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [], "grace": 60,
+              "pod_source": "node_cidrs",
               "document_file": str(tmp_path / "mesh.json"), "boot_folder": str(tmp_path), "lock_file": str(tmp_path / "no" / "lock.json"),
               "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
     it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})
@@ -148,6 +150,8 @@ def test_a_document_that_vanishes_stops_the_work_and_one_that_comes_back_begins_
     agent.now += 3
     agent.tick()
     assert agent.document is None and "no mesh document" in agent.trouble
+    agent.now += 1
+    agent.tick()
     assert json.loads((tmp_path / "runtime" / "state.json").read_text())["hindrance"] == agent.trouble
     (tmp_path / "mesh.json").write_bytes(text)
     agent.now += 3
@@ -168,3 +172,67 @@ def test_never_busy(agent):
         agent.tick()
         assert agent.pause() > 0
         agent.now += agent.pause()
+
+
+class Guard:
+    """Notes when it is asked for what."""
+
+    state = _agent_guard.IN_FORCE
+
+    def __init__(self, kernel):
+        self.kernel, self.asked, self.error = kernel, [], None
+
+    def is_changed(self):
+        return False
+
+    def forget(self):
+        self.asked.append("forget")
+
+    def close(self, document, whole):
+        if self.error:
+            raise self.error
+        self.asked.append(("close", sorted(document["nodes"]), whole, len(self.kernel.converged)))
+        return [], False
+
+    def open(self):
+        self.asked.append(("open", len(self.kernel.converged)))
+        return []
+
+    def counters(self):
+        return None
+
+
+@pytest.fixture
+def guarded(agent, monkeypatch):
+    monkeypatch.setattr(_agent, "TableWatcher", lambda tell: threading.Thread())
+    agent.guard = Guard(agent.kernel)
+    return agent
+
+
+def test_the_guard_is_closed_before_all_else_and_opened_after_it(guarded):
+    guarded.tick()
+    assert guarded.guard.asked == [("close", ["w1", "w2"], True, 0), ("open", 1)]
+    guarded.on_listed(listing(1, 2, 3))
+    guarded.now += 1
+    guarded.tick()
+    assert guarded.guard.asked[2:] == [("close", ["w1", "w2", "w3"], False, 1), ("open", 2)]
+    # somebody flushed the tables: only the guard is read
+    guarded.on_tables("")
+    guarded.tick()
+    assert guarded.guard.asked[4:] == [("close", ["w1", "w2", "w3"], True, 2), ("open", 3)] and guarded.kernel.reads == 1
+
+
+def test_what_is_in_the_way_of_the_mesh_is_not_in_that_of_the_guard(guarded):
+    guarded.kernel.state["public_key"] = documents.key(9)
+    guarded.tick()
+    assert guarded.guard.asked == [("close", ["w1", "w2"], True, 0)] and guarded.trouble and not guarded.kernel.converged
+
+
+def test_without_its_guard_the_mesh_stays_as_it_is(guarded):
+    guarded.guard.error = MeshError("nft says no")
+    guarded.tick()
+    assert guarded.trouble == "nft says no" and not guarded.kernel.converged
+    guarded.guard.error = None
+    guarded.now += _agent.RETRY[0]
+    guarded.tick()
+    assert guarded.trouble == "" and guarded.kernel.converged

@@ -75,6 +75,22 @@ def test_unit():
         assert "Type=notify\n" in text and "WatchdogSec=" in text and "MemoryMax=" in text
 
 
+def test_the_guard_at_boot():
+    """It is closed for who joined before there is a network, by the same user, and waits for nothing that comes later."""
+    own, root = (install.guard_unit_text("/usr/bin/python3", as_root) for as_root in (False, True))
+    assert "User=kubemesh-agent\n" in own and "User=" not in root
+    for text in (own, root):
+        assert "CapabilityBoundingSet=CAP_NET_ADMIN\n" in text and "ProtectSystem=strict\n" in text
+        assert "DefaultDependencies=no\n" in text and "Before=network-pre.target\n" in text and "WantedBy=sysinit.target\n" in text
+        assert "kubemesh-guard.service\n" in text and "ConditionPathExists=/etc/kubemesh/guard.nft\n" in text
+        assert "start.py --guard /etc/kubemesh/agent.json\n" in text
+
+
+def test_the_agent_may_read_what_the_guard_was_made_from():
+    lines = install.folders_text(False).splitlines()
+    assert "z /etc/kubemesh 2755 root kubemesh-agent -" in lines and "z /etc/kubemesh/guard.nft 0640 root kubemesh-agent -" in lines
+
+
 def test_the_token_is_in_no_step(library, monkeypatch, tmp_path):
     monkeypatch.setattr(install, "TOKEN_FILE", str(tmp_path / "token"))
     (tmp_path / "token").write_text("old-secret\n")

@@ -29,7 +29,8 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 KEY0 = "kubemesh.wireguard/public-key-0"
 CONFIG = {
     "node": "w1", "server": "https://192.0.2.1:6443", "ca_file": None, "token_file": "/t", "interface": "wgmesh", "table": 51840,
-    "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": ["10.96.0.0/12"], "pod_source": "node_cidrs", "grace": 60,
+    "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": ["10.96.0.0/12"], "grace": 60,
+    "pod_source": "node_cidrs",
     "document_file": "/d", "boot_folder": "/b", "lock_file": "/l", "runtime": "/r", "state": "/s", "metrics_file": "/m"}
 NOTHING = {"annotations": {}, "kept": {"pod_cidrs": [], "node_addresses": []}}
 
@@ -231,6 +232,22 @@ def test_a_node_that_turns_bad_stays_as_it_was():
 
 # --- the kernel ------------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("keys, published, wanted", [
+    ({"0": documents.key(1)}, {}, {KEY0: documents.key(1)}),
+    ({"0": documents.key(1)}, {KEY0: documents.key(2)}, {KEY0: documents.key(1)}),
+    ({"0": documents.key(1)}, {KEY0: documents.key(1)}, {}),
+    # A rotation took the old key back, and the node still has the document with both.
+    ({"0": documents.key(1), "1": documents.key(7)}, {KEY0.replace("-0", "-1"): documents.key(7)}, {}),
+    ({}, {KEY0: documents.key(2)}, {}),
+])
+def test_what_a_node_publishes_of_itself(keys, published, wanted):
+    doc = document(1, 2)
+    doc["nodes"]["w1"]["public_keys"] = keys
+    own = roster(node(1, annotations=published))["members"]["w1"]
+    assert plan.keys_to_publish(doc, own) == wanted
+    assert plan.keys_to_publish(document(2), own) == {}
+
+
 def device(doc):
     """A device that is as a document says, for w1."""
     return _wg_plan.apply_steps(dict(_wg_plan.empty_state("wgmesh0"), public_key=documents.key(1), listen_port=51840, fwmark=4096),
@@ -322,7 +339,8 @@ def test_what_a_node_sends_is_what_its_last_run_wrote_down():
     assert not plan.route_settings(CONFIG, "wgmesh0", [])["send"]
     assert plan.route_settings(CONFIG, "wgmesh0", read)["iifs"] == []
     known = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes", iifs=["eth0", "lo"], own_cidrs=None))
-    settings = plan.route_settings(CONFIG, "wgmesh0", _routes_plan.rules_of_batch(_routes_plan.rules_text({"rules": known}, "ipv4"), "ipv4"))
+    read = _routes_plan.rules_of_batch(_routes_plan.rules_text({"rules": known}, "ipv4"), "ipv4")
+    settings = plan.route_settings(CONFIG, "wgmesh0", read)
     assert (settings["iifs"], settings["encrypt"]) == (["eth0", "lo"], "nodes")
 
 
@@ -358,13 +376,13 @@ def test_config():
 
 def summary(**other):
     found = plan.state_of(document(1, 2), "watching", "", ["a warning"], 0.1, {"w2"}, "", {"events": 1}, 1000.0)
-    return dict(found, base="sum", **other)
+    return dict(found, base="sum", **dict({"guard": "off"}, **other))
 
 
 def test_state_is_read_and_judged():
     state = summary()
     assert plan.parse_state(json.dumps(state)) == state
-    for damaged in ({"time": "x"}, {"warnings": [1]}, {"warnings": ["x"] * 100}, {"api": None}, {"more": 1}):
+    for damaged in ({"time": "x"}, {"warnings": [1]}, {"warnings": ["x"] * 100}, {"api": None}, {"guard": 1}, {"more": 1}):
         assert plan.parse_state(json.dumps(dict(state, **damaged))) is None
     assert plan.state_warnings(state, True, 1010.0) == ["the node agent: a warning"]
     assert "does not run" in plan.state_warnings(state, False, 1010.0)[0]
@@ -382,6 +400,10 @@ def test_metrics():
     assert 'kubemesh_peer_encrypted{peer="w2"} 1' in lines and 'kubemesh_peer_encrypted{peer="unknown DDDDDDDD"} 0' in lines
     assert 'kubemesh_peer_handshake_age_seconds{peer="unknown DDDDDDDD"} 7' in lines
     assert not any(line.startswith('kubemesh_peer_handshake_age_seconds{peer="w2"}') for line in lines)
+    assert not any("guard" in line for line in lines if not line.startswith("#"))
+    guarded = plan.metrics_text(rows, summary(guard="in force"), {"out_pods": {"packets": 7, "bytes": 588}}).splitlines()
+    assert "kubemesh_guard_in_force 1" in guarded and 'kubemesh_guard_dropped_packets_total{what="out_pods"} 7' in guarded
+    assert "kubemesh_guard_in_force 0" in plan.metrics_text(rows, summary(guard="not in force")).splitlines()
     assert "kubemesh_agent_lag_seconds 0.1" in lines and "kubemesh_agent_api_up 1" in lines
     assert len({line.split("{")[0] for line in lines if line.startswith("# TYPE")}) == len([x for x in lines if x.startswith("# TYPE")])
 

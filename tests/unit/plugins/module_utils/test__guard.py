@@ -28,10 +28,13 @@ def entry(number):
             "probe_addresses": {"0": probe_address(key)}, "mtu": 1420, "keepalive": 0}
 
 
+def document(*numbers):
+    return {"schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841},
+            "nodes": {"n%d" % number: entry(number) for number in numbers}}
+
+
 def guard(*numbers, **other):
-    nodes = {"n%d" % number: entry(number) for number in (1,) + numbers}
-    doc = {"schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841}, "nodes": nodes}
-    return plan.wanted_guard(doc, "n1", dict(SETTINGS, **other))
+    return plan.wanted_guard(document(1, *numbers), "n1", dict(SETTINGS, **other))
 
 
 @pytest.fixture
@@ -219,7 +222,7 @@ def test_files(node, files):
     assert node.changes == ["systemctl daemon-reload", "systemctl enable kubemesh-guard.service"], "not started: that would load it again"
     with open(live.GUARD_FILE, encoding="utf-8") as handle:
         assert handle.read() == text
-    assert os.stat(live.GUARD_FILE).st_mode & 0o777 == 0o600
+    assert os.stat(live.GUARD_FILE).st_mode & 0o777 == 0o640
     assert os.stat(live.GUARD_UNIT_FILE).st_mode & 0o777 == os.stat(live.NFTABLES_DROPIN).st_mode & 0o777 == 0o644
     del node.changes[:]
     assert apply_files(node, text) == ([], []) and node.changes == []
@@ -259,6 +262,13 @@ def test_status(node, files, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(live, "read_table", None)
         assert live.guard_status(system, compare=False) == dict(good, in_force=None)
+    # What an agent has done since that file was written is as it shall be.
+    joined = guard(2, 3)
+    bring(node, joined)
+    assert not live.guard_status(system)["in_force"]
+    assert live.guard_status(system, True, document(1, 2, 3), "n1")["in_force"]
+    bring(node, guard(2))
+    before = list(node.changes)
     node.table["chains"]["arriving"] = []
     assert live.guard_status(system)["reason"] == "table kubemesh_guard: its rules are not the wanted ones"
     assert node.changes == before, "it only looks"
@@ -277,3 +287,9 @@ def test_status_without_nft(files):
     with open(live.GUARD_FILE, "w", encoding="utf-8") as handle:
         handle.write("x")
     assert "nft is not installed any more" in live.guard_status(System(node))["reason"]
+
+
+def test_status_of_a_file_that_says_nothing(node, files):
+    apply_files(node, plan.ruleset_text(guard(2)).replace(plan.SETTINGS_MARK, "# "))
+    found = live.guard_status(System(node), True, document(1, 2), "n1")
+    assert not found["in_force"] and "does not say what it was made from" in found["reason"]

@@ -419,13 +419,28 @@ def test_the_ruleset_is_one_transaction_and_the_same_every_time():
     text = plan.ruleset_text(guard())
     lines = text.splitlines()
     assert lines[0].startswith("# Written by kubemesh.wireguard")
-    assert lines[1:4] == ["table inet kubemesh_guard {}", "delete table inet kubemesh_guard", "table inet kubemesh_guard {"]
+    assert plan.settings_of(text) == dict(SETTINGS)
+    assert lines[2:5] == ["table inet kubemesh_guard {}", "delete table inet kubemesh_guard", "table inet kubemesh_guard {"]
     assert "\tcounter in_nodes { packets 0 bytes 0 }" in lines and "\t\t\t10.244.2.0/24, # b" in lines
     assert '\t\t\t"wgmesh1",' in lines and "\t\t\t51841," in lines
     assert text == plan.ruleset_text(guard(document(c=entry(3), b=entry(2), a=entry(1)))), "whatever the order of the document"
     assert plan.names_in(text) == {
         "10.244.2.0/24": "b", "10.244.3.0/24": "c", "fd00:10:244:2::/64": "b", "fd00:10:244:3::/64": "c",
         "198.18.0.12": "b", "198.18.0.13": "c", "2001:db8::2": "b", "2001:db8::3": "c"}
+
+
+def test_what_it_was_made_from_can_be_read_again():
+    given_settings = dict(SETTINGS, encrypt="nodes", ports=[1, 2], exempt_nodes=["b", 'no "node"\n'], exempt_cidrs=["192.0.2.0/25"])
+    text = plan.ruleset_text(guard(**given_settings))
+    assert plan.settings_of(text) == given_settings and plan.ruleset_text(guard(**plan.settings_of(text))) == text
+    line = next(line for line in text.splitlines() if line.startswith(plan.SETTINGS_MARK))
+    damaged = ["", plan.SETTINGS_MARK + "{", plan.SETTINGS_MARK + "[]"] + [
+        plan.SETTINGS_MARK + json.dumps(dict(given_settings, **change)) for change in (
+            {"encrypt": "all"}, {"fwmark": True}, {"fwmark": "1"}, {"ports": [True]}, {"ports": "1"}, {"exempt_nodes": [1]}, {"more": 1},
+            {"exempt_cidrs": ["x"]}, {"interfaces": []})]
+    for other in damaged:
+        with pytest.raises(MeshError):
+            plan.settings_of(text.replace(line, other))
 
 
 def test_counters_go_on():
@@ -561,6 +576,47 @@ def test_a_node_that_joins_is_an_element_of_each_set():
     steps = plan.plan_guard(as_table(guard()), as_table(guard(interfaces=["wgmesh0", "kube0"])))
     assert plan.elements_text(steps) == (
         'delete element inet kubemesh_guard links { "wgmesh1" }\nadd element inet kubemesh_guard links { "kube0" }\n')
+
+
+MEMBERS = st.dictionaries(st.sampled_from("bcd"), st.fixed_dictionaries({
+    "pod_cidrs": st.sampled_from(([], ["10.244.2.0/24"], ["10.244.2.0/23"], ["10.244.3.128/25"], ["10.244.1.9/32"])),
+    "node_addresses": st.sampled_from((["198.18.0.12"], ["198.18.0.13"]))}), max_size=2)
+
+
+@given(MEMBERS, MEMBERS, st.sampled_from((["10.244.1.0/24"], ["10.244.1.0/24", "10.244.2.0/24"])))
+def test_on_the_way_both_are_guarded_and_own_pods_never_are(before, after, own):
+    """Whatever was dropped and will be is dropped meanwhile, but for what now is a pod of this node; and nothing overlaps."""
+    def of(members, own):
+        nodes = {name: dict(keyless(ord(name) - 96, state="pending"), **fields) for name, fields in members.items()}
+        return guard({"schema": 1, "serial": 1, "complete": True, "generation": 0, "ports": {"0": 51840, "1": 51841},
+                      "nodes": dict(nodes, a=entry(1, pod_cidrs=own))})
+
+    old, new = of(before, ["10.244.1.0/24"]), of(after, own)
+    for current in (None, as_table(old)):
+        way = plan.between(current, new)
+        for name, pairs in way["elements"].items():
+            pieces = [element for element, dummy in pairs]
+            wanted = [element for element, dummy in new["elements"][name]]
+            if name[:-1] not in ("pods", "own_pods", "nodes"):
+                assert pieces == wanted
+                continue
+            have = [element for element, dummy in old["elements"][name]] if current else []
+            both = plan.covered(have + wanted)
+            if name[:-1] == "pods":
+                own_pieces = plan.covered([element for element, dummy in new["elements"]["own_" + name]])
+                # what is borrowed from the pods of this node is not of them
+                both = plan.covered(wanted + [piece for one in plan.covered(have) for piece in plan.without(one, own_pieces)])
+            assert plan.covered(pieces) == both
+            assert sum(last - first + 1 for dummy, first, last in pieces) == sum(last - first + 1 for dummy, first, last in both)
+
+
+def test_the_way_to_a_node_that_joins_and_from_one_that_leaves():
+    three = as_table(guard())
+    joined = plan.between(three, guard(document(a=entry(1), b=entry(2), c=entry(3), d=entry(4))))
+    assert [step["add"] and not step["remove"] for step in plan.plan_guard(three, as_table(joined))] == [True] * 4
+    left = plan.between(three, guard(document(a=entry(1), b=entry(2))))
+    assert plan.plan_guard(three, as_table(left)) == []
+    assert plan.table_of(guard(), three["skeleton"]) == dict(three, counters={})
 
 
 def test_steps_on_the_whole_table_in_words():

@@ -449,9 +449,10 @@ def test_rules_of_others_are_told_apart(outputs):
     assert found[419] is None, "a rule without a table"
 
 
-@pytest.mark.parametrize("more", [{"src": "10.244.1.0", "srclen": 24}, {"not": None}, {"fwmark": "0x1000", "fwmask": "0x1000"}, {"oif": "eth1"}])
+@pytest.mark.parametrize("more", [
+    {"src": "10.244.1.0", "srclen": 24}, {"not": None}, {"fwmark": "0x1000", "fwmask": "0x1000"}, {"oif": "eth1"}])
 def test_rules_of_others_that_look_at_a_device(more):
-    item = dict({"priority": 401, "src": "all", "iif": "eth0", "table": "51840"})
+    item = {"priority": 401, "src": "all", "iif": "eth0", "table": "51840"}
     assert not plan.rule_from_ip(dict(item, iif_detached=None), "ipv4")["foreign"]
     assert plan.rule_from_ip(dict(item, **more), "ipv4")["foreign"]
 
