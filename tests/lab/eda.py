@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rulebooks import PATIENCE, Rulebook, program
 
 # Seconds without a line: a run that waits for ssh, or a busy machine.
 RUN_PATIENCE = 2 * PATIENCE
+ACTED = re.compile(r"^\w+: \[([^\]\s]+)", re.MULTILINE)
 # Runs after a change until the kernel must be as the API: one may have begun before it.
 RUNS = 3
 
@@ -59,8 +61,9 @@ class Engine:
         """Read on to the end of the next run, which must not fail anywhere: {host: counts}."""
         self.rulebook.until("PLAY [", RUN_PATIENCE)
         text = self.rulebook.until("PLAY RECAP", RUN_PATIENCE)
-        recap = {}
-        while not recap or harness.RECAP.search(line):
+        # Nothing says that the recap is over: it has a line for each host that did anything.
+        hosts, recap = set(ACTED.findall(text)), {}
+        while hosts - set(recap):
             line = self.rulebook.until("\n", RUN_PATIENCE)
             text += line
             recap.update({found[0]: dict(zip(("ok", "changed", "unreachable", "failed"), map(int, found[1:])))
