@@ -8,7 +8,7 @@
 RUN := tests/run/run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test check lint sanity build test-unit test-live test-lab test-long test-kernel test-eda molecule clean
+.PHONY: help demo demo-down bench test check lint sanity build test-unit test-live test-lab test-long test-kernel test-eda molecule clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -49,8 +49,11 @@ test-long: ## What `make test` leaves out, and 60 controllers killed at random m
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel kernel-boot
 
-test-eda: ## The rulebooks by ansible-rulebook itself (root, installs Java 17)
+test-eda: ## ansible-rulebook itself: events and runs, hosts with systemd (root, installs Java 17)
 	@$(RUN) gate eda
+
+bench: ## Benchmarks: change to kernel, memory, processor time (root; benchmarks/README.md)
+	@$(RUN) bench
 
 molecule: ## The default Molecule scenario (root)
 	@$(RUN) gate molecule

@@ -150,8 +150,7 @@ class Bench:
                 sent += due
             if changes and time.monotonic() - began > CHANGE_INTERVAL * (changed + 0.5):
                 changed += 1
-                lab.api.patch("nodes", "n1", {"spec": {"podCIDRs": ["10.200.%d.0/24" % (changed % 250)]}})
-                lab.wait(lambda: "10.200.%d.0/24" % (changed % 250) in lab.routes("a"), "the changed CIDR", PATIENCE)
+                self.change("10.200.%d.0/24" % (changed % 250))
         after = usage(pid)
         passed = time.monotonic() - began
         self.sent += sent + changed
@@ -160,6 +159,11 @@ class Bench:
                "cpu_percent": round(100 * (after["cpu_seconds"] - before["cpu_seconds"]) / passed, 1)}
         self.lines.append(row)
         figures.progress("%(nodes)d nodes, %(phase)s: %(rss_mb).1f MB, %(cpu_percent).1f%%" % row)
+
+    def change(self, cidr):
+        """Give a node another pod CIDR, and wait until the agent has a route to it."""
+        self.lab.api.patch("nodes", "n1", {"spec": {"podCIDRs": [cidr]}})
+        self.lab.wait(lambda: cidr in self.lab.routes("a"), "the changed CIDR", PATIENCE)
 
     def check(self):
         """All that was sent must have been read, or less was measured than is said."""
@@ -211,8 +215,8 @@ def main():
         [[row["phase"], row["nodes"], row["updates_per_second"], row["changes"], row["rss_mb"], row["peak_mb"], row["cpu_percent"]]
          for row in rows]))
     for start in starts:
-        figures.say("start at %(nodes)d nodes: peers after %(seconds_to_peers).1f s, %(cpu_seconds_to_peers).2f s of processor time, at most "
-                    "%(peak_mb).1f MB" % start)
+        figures.say("start at %(nodes)d nodes: peers after %(seconds_to_peers).1f s, %(cpu_seconds_to_peers).2f s of processor time, "
+                    "at most %(peak_mb).1f MB" % start)
     for row in [row for row in rows if row["nodes"] == GOAL_NODES][-1:]:
         figures.say("goal: %d MB at %d nodes %s" % (GOAL_MB, GOAL_NODES, figures.verdict(row["rss_mb"], GOAL_MB)))
     figures.done("agent_memory", {"phases": rows, "starts": starts})

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -34,7 +35,8 @@ def machine():
 def spread(values):
     """``{"count", "median", "p90", "worst"}`` of numbers; there must be one."""
     ordered = sorted(values)
-    return {"count": len(ordered), "median": statistics.median(ordered), "p90": ordered[int(0.9 * (len(ordered) - 1))], "worst": ordered[-1]}
+    p90 = ordered[math.ceil(0.9 * len(ordered)) - 1]
+    return {"count": len(ordered), "median": statistics.median(ordered), "p90": p90, "worst": ordered[-1]}
 
 
 def verdict(measured, goal):

@@ -693,9 +693,11 @@ class Agent:
         if self.guard.state != OFF and self.watcher is None:
             self.watcher = TableWatcher(lambda text: self.queue.put(("tables", text)))
             self.watcher.start()
+        if drift:
+            self.counts["repairs"] += 1
+            log("the guard was not as it was left")
         if closed:
-            self.counts["repairs"] += int(drift)
-            log("the guard%s: %s" % (" (it was not as it was left)" if drift else "", decide.guard_words(closed)))
+            log("the guard: %s" % decide.guard_words(closed))
         dummy, state, routed = self.kernel.look(document["generation"], self.whole)
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
         if trouble != self.trouble and trouble:

@@ -44,6 +44,7 @@ GUARD_UNIT_FILE = "/etc/systemd/system/" + GUARD_UNIT
 USERS_FILE = "/etc/sysusers.d/kubemesh-agent.conf"
 FOLDERS_FILE = "/etc/tmpfiles.d/kubemesh-agent.conf"
 CONFIG_FOLDER = "/etc/kubemesh"
+CONFIG_FOLDER_MODE = 0o755
 CONFIG_FILE = "/etc/kubemesh/agent.json"
 TOKEN_FILE = "/etc/kubemesh/agent-token"  # noqa: S105 - a path
 TOKEN_MODE = 0o640
@@ -365,7 +366,7 @@ def apply_absent(system, steps):
                 os.chmod(LOCK_FOLDER, 0o700)
             if os.path.isdir(CONFIG_FOLDER):
                 os.chown(CONFIG_FOLDER, 0, 0)
-                os.chmod(CONFIG_FOLDER, 0o755)
+                os.chmod(CONFIG_FOLDER, CONFIG_FOLDER_MODE)
             if os.path.exists(GUARD_FILE):
                 os.chown(GUARD_FILE, 0, 0)
             system.run(["userdel", USER])

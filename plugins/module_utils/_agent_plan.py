@@ -194,16 +194,17 @@ def _settings(name, remembered):
             "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None, "generations": None}
 
 
-def _with_news(candidate, entry, own, remembered):
+def _with_news(candidate, entry, own, remembered, generation):
     """A candidate whose annotations count only where they are news: a run that ended later than an annotation was written knew better.
 
-    Nobody else says what this node's own key is: it is in the device.
+    Nobody else says what this node's own key is: it is in the device. Keys of another ``generation`` than the one in use are the business
+    of rotations; after one, the annotation of the old key may be left.
     """
-    keys = {} if candidate["name"] == own else dict(candidate["annotation_keys"])
+    keys = {number: text for number, text in candidate["annotation_keys"].items()
+            if candidate["name"] != own and number == str(generation)}
     if entry is not None and entry["uid"] == candidate["uid"]:
         known = remembered["annotations"].get(candidate["name"], {})
-        keys = {generation: text for generation, text in keys.items()
-                if generation not in entry["public_keys"] or known.get(generation) != text}
+        keys = {number: text for number, text in keys.items() if number not in entry["public_keys"] or known.get(number) != text}
     return dict(candidate, annotation_keys=keys)
 
 
@@ -255,8 +256,8 @@ def next_document(previous, roster, remembered, config, now):
     own = config["node"]
     over = gone(roster, config["grace"], now)
     before = previous["nodes"]
-    news = [_with_news(candidate, before.get(name), own, remembered) for name, candidate in sorted(roster["members"].items())
-            if name not in roster["problems"]]
+    news = [_with_news(candidate, before.get(name), own, remembered, previous["generation"])
+            for name, candidate in sorted(roster["members"].items()) if name not in roster["problems"]]
     absent = {name: entry for name, entry in before.items() if name not in roster["members"] or name in roster["problems"]}
     absent = {name: entry for name, entry in absent.items() if name not in over}
     gives_way = _in_the_way({name: entry for name, entry in absent.items() if name in roster["missing"]}, news, config["pod_source"])

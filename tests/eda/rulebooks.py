@@ -24,8 +24,8 @@ def program():
 
 
 class Rulebook:
-    """ansible-rulebook while it runs; ``argv``: the whole command. ``until`` reads on in its output up to a line that has a text, and returns
-    what it read; ``output`` is all that was read, ``times`` when its lines came, in seconds of the monotonic clock."""
+    """ansible-rulebook while it runs; ``argv``: the whole command. ``until`` reads on in its output up to a line that has a text, and
+    returns what it read; ``output`` is all that was read, ``times`` when its lines came, in seconds of the monotonic clock."""
 
     def __init__(self, argv, env, cwd):
         self.process = subprocess.Popen(list(map(str, argv)), env=env, cwd=str(cwd), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

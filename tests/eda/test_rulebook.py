@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RULEBOOKS = ROOT / "extensions" / "eda" / "rulebooks"
 sys.path[:0] = [str(ROOT / "tests" / "api"), str(ROOT / "tests" / "eda")]
 import apiserver
+from ansible_rulebook.validators import Validate
 from rulebooks import PATIENCE, Rulebook, program
 
 TOKEN = "s3cr3t-t0ken"
@@ -154,6 +155,8 @@ def test_a_job_is_launched(api, rulebook):
 
 
 @pytest.mark.parametrize("path", sorted(RULEBOOKS.glob("*.yml")), ids=lambda path: path.stem)
-def test_one_after_the_other(path):
-    for ruleset in yaml.safe_load(path.read_text(encoding="utf-8")):
+def test_valid_and_one_after_the_other(path):
+    rulesets = yaml.safe_load(path.read_text(encoding="utf-8"))
+    Validate.rulebook(rulesets)
+    for ruleset in rulesets:
         assert ruleset["execution_strategy"] == "sequential"

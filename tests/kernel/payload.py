@@ -15,26 +15,30 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "api"))
+
+import apiserver
+
 COLLECTION = HERE.parent.parent
 GUEST_PYTHON = (3, 11)  # of Debian bookworm
-# The cases of this file need systemd and reboots and get a machine of their own; case_2_x runs after the first reboot. All other cases
-# run in the machine that boots quickly.
-SYSTEMD_FILE = "persistence"
+# The cases of these files need systemd and reboots: each file gets a machine of its own; case_2_x runs after the first reboot. All other
+# cases run in the machine that boots quickly.
+SYSTEMD_FILES = ("agent", "persistence")
 
 
 def case_names():
-    """({"1": ["file::case_x"]}, {boot: ["persistence::case_1_x"]}) of the two machines, without importing the cases."""
-    quick, boots = [], {}
+    """What each machine runs at each boot, {machine: {boot: ["file::case_x"]}}, without importing the cases."""
+    machines = {"quick": {"1": []}}
     for path in sorted((HERE / "cases").glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for item in tree.body:
             if isinstance(item, ast.FunctionDef) and item.name.startswith("case_"):
                 name = "%s::%s" % (path.stem, item.name)
-                if path.stem == SYSTEMD_FILE:
-                    boots.setdefault(item.name.split("_")[1], []).append(name)
+                if path.stem in SYSTEMD_FILES:
+                    machines.setdefault(path.stem, {}).setdefault(item.name.split("_")[1], []).append(name)
                 else:
-                    quick.append(name)
-    return {"1": quick}, boots
+                    machines["quick"]["1"].append(name)
+    return machines
 
 
 SKIP = shutil.ignore_patterns("__pycache__", "*.ps1", "*.psm1", "powershell", "csharp")
@@ -64,6 +68,9 @@ def build(folder, boots, seconds):
     for name in ("cluster.py", "main.py"):
         shutil.copy(HERE / name, folder / name)
     shutil.copytree(HERE / "cases", folder / "cases", ignore=SKIP)
+    shutil.copy(HERE.parent / "api" / "apiserver.py", folder / "apiserver.py")
+    # the machine has no openssl
+    apiserver.make_certificates(folder / "tls", "127.0.0.1")
     modules = sorted(path.stem for path in (COLLECTION / "plugins" / "modules").glob("*.py") if path.stem in (
         "keypair", "interface", "routes", "probe"))
     (folder / "plan.json").write_text(json.dumps(

@@ -4,7 +4,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The kernel's WireGuard: every case of cases/*.py runs inside an emulated machine and is reported here as a test of its own.
 
-Two machines boot: a quick one for all cases that need only the kernel, and one with systemd that reboots twice (cases/persistence.py).
+Three machines boot: a quick one for all cases that need only the kernel, and two with systemd that reboot (persistence.py, agent.py).
 Each boots when the first of its tests is asked for, and runs only the cases that were selected (pytest -k). Root, on Debian.
 """
 from __future__ import annotations
@@ -21,13 +21,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import payload
 import vm
 
-# Seconds. On a quiet machine with 2 cores the first takes about 4 minutes and the second about 2 (see README.md); KUBEMESH_KERNEL_PATIENCE
+# Seconds. On a quiet machine with 2 cores the first takes about 4 minutes and the others about 2 (see README.md); KUBEMESH_KERNEL_PATIENCE
 # multiplies them on a busy one.
 PATIENCE = float(os.environ.get("KUBEMESH_KERNEL_PATIENCE", "1"))
-TIMEOUTS = {"quick": 420 * PATIENCE, "systemd": 270 * PATIENCE}
+TIMEOUTS = {"quick": 420 * PATIENCE, "persistence": 270 * PATIENCE, "agent": 240 * PATIENCE}
 
-QUICK, SYSTEMD = payload.case_names()
-PLANS = {"quick": QUICK, "systemd": SYSTEMD}
+PLANS = payload.case_names()
 CASES = [(machine, name) for machine, boots in PLANS.items() for boot in sorted(boots) for name in boots[boot]]
 
 pytestmark = [
@@ -40,7 +39,7 @@ def selected(request, machine):
     """The plan of a machine with only the cases that this session asks for; with a reboot, what comes before it is needed too."""
     wanted = {item.callspec.params["case"] for item in request.session.items if getattr(item, "callspec", None)}
     last = max((boot for boot, names in PLANS[machine].items() if wanted & set(names)), default="1")
-    return {boot: [name for name in names if machine == "systemd" or name in wanted]
+    return {boot: [name for name in names if machine != "quick" or name in wanted]
             for boot, names in PLANS[machine].items() if boot <= last}
 
 
@@ -67,7 +66,7 @@ class Machines:
         payload.build(brought, boots, TIMEOUTS[machine] - 30)
         trouble = ""
         try:
-            outcome = vm.run(brought, results=results, systemd=machine == "systemd", reboots=len(boots) - 1, timeout=TIMEOUTS[machine])
+            outcome = vm.run(brought, results=results, systemd=machine != "quick", reboots=len(boots) - 1, timeout=TIMEOUTS[machine])
             print("machine %s: %.0f s, %.0f s of processor time" % (machine, outcome.seconds, outcome.cpu_seconds))
             if outcome.rc:
                 trouble = "the payload ended with %d; end of the console:\n%s" % (outcome.rc, outcome.console[-3000:])

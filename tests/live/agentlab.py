@@ -22,7 +22,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_p
 
 PORT, TABLE, PRIORITY, MARK = 51840, 51840, 400, 0x1000
 PROGRAM = "ansible_collections.kubemesh.wireguard.plugins.module_utils._agent"
-KEY = "kubemesh.wireguard/public-key-0"
+KEY, KEY_1 = "kubemesh.wireguard/public-key-0", "kubemesh.wireguard/public-key-1"
 API = "api"
 # Of every wait; on a machine that does other things as well, KUBEMESH_LIVE_PATIENCE multiplies it.
 PATIENCE = float(os.environ.get("KUBEMESH_LIVE_PATIENCE", "1"))
@@ -85,12 +85,11 @@ class AgentLab:
     def cidr(self, host):
         return "10.244.%d.0/24" % self.number(host)
 
-    def node(self, host, key=None, cidrs=None, **more):
+    def node(self, host, key=None, cidrs=None, annotations=None, **more):
         """The Node object of a host, with its key as annotation."""
         if cidrs is None:
             cidrs = [self.cidr(host)] if self.pod_source == "node_cidrs" else []
-        return apiserver.node(host, cidrs, [self.net.address(host)],
-                              {KEY: key or self.keys[host][1]}, **more)
+        return apiserver.node(host, cidrs, [self.net.address(host)], annotations or {KEY: key or self.keys[host][1]}, **more)
 
     def document(self, serial=1):
         nodes = {}
@@ -103,6 +102,36 @@ class AgentLab:
                 "probe_addresses": {"0": _mesh.probe_address(public)}, "mtu": 1420, "keepalive": 0}
         return _mesh.validate_document({
             "schema": 1, "serial": serial, "complete": True, "generation": 0, "ports": {"0": PORT, "1": PORT + 1}, "nodes": nodes})
+
+    def leave_document(self, document):
+        """A document as a run leaves it on its members."""
+        for host in self.members:
+            path = self.place(host) / "mesh.json"
+            path.with_suffix(".new").write_bytes(_mesh.document_bytes(_mesh.validate_document(document)))
+            path.with_suffix(".new").replace(path)
+
+    def second_generation(self, host):
+        """A device with a key of its own beside the first one, as `rotate_keys` makes it; -> the public key."""
+        private, public = netlab.new_key()
+        device = self.net.userspace_device(host, 1)
+        self.net.exec(host, "wg", "setconf", device, "/dev/stdin",
+                      stdin="[Interface]\nPrivateKey = %s\nListenPort = %d\nFwMark = %d\n" % (private, PORT + 1, MARK))
+        self.net.ip(host, "link set %s mtu 1420 up" % device)
+        self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % device, 2)
+        return public
+
+    def take_second_generation(self, host, document):
+        """Accept and send through the second device, and take the first one away."""
+        old, new = self.devices[host], self.devices[host][:-1] + "1"
+        self.net.ip(host, *["addr add %s dev %s" % (address, new) for address in _mesh.device_addresses(document, host, "1")])
+        for key, peer in _mesh.peers_of(document, host, "1").items():
+            self.net.exec(host, "wg", "set", new, "peer", key, "endpoint", peer["endpoint"], "allowed-ips", ",".join(peer["allowed_ips"]))
+        settings = {"interface": new, "table": TABLE, "rule_priority": PRIORITY, "fwmark": MARK, "encrypt": self.encrypt, "send": True,
+                    "unproven": "keep", "exempt_cidrs": []}
+        routes = _routes_plan.wanted_state(document, host, settings, None, [])["routes"]
+        self.net.ip(host, *["route replace %s" % _routes_plan.route_text(route).split("  #")[0] for route in routes])
+        self.net.exec(host, "ip", "link", "del", old)
+        self.devices[host] = new
 
     def place(self, host):
         return self.folder / host
@@ -271,8 +300,9 @@ class AgentLab:
 
     def whole(self, *hosts):
         """Wait until each of these nodes sends to all others of them, and to nobody else."""
+        rules = 2 if self.encrypt == "pods" else 3
         for host in hosts:
-            self.wait(lambda host=host: self.sends_to(host, *[other for other in hosts if other != host]) and self.rules(host) == (2 if self.encrypt == "pods" else 3),
+            self.wait(lambda host=host: self.sends_to(host, *[other for other in hosts if other != host]) and self.rules(host) == rules,
                       "routes of %s to all of %s" % (host, ", ".join(hosts)))
 
 

@@ -9,6 +9,7 @@ One mesh of a and b for all tests, and c that joins; each test leaves it as it f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import uuid
@@ -20,6 +21,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import agentlab
 import apiserver
 import netlab
+
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _mesh
 
 pytestmark = pytest.mark.skipif(bool(agentlab.why_not()), reason="live tests: " + agentlab.why_not())
 
@@ -206,6 +209,91 @@ def test_waits_for_a_run(lab):
     assert lab.keys["c"][1] not in lab.allowed("a")
     lab.net.module("a", "lock", state="absent", **lock)
     lab.whole("a", "b", "c")
+
+
+def test_rotation_is_waited_for_and_gone_on_from(tmp_path):
+    """A run with the lock makes a second generation of keys, is interrupted, and ends; the same agents go on with the new one."""
+    with agentlab.AgentLab(tmp_path, ["a", "b", "c"], ["a", "b"]) as lab:
+        lab.start("a", "b")
+        lab.whole("a", "b")
+        running = dict(lab.agents)
+        first, keys = dict(lab.keys), {}
+        locks = {host: {"path": str(lab.place(host) / "lock" / "lock.json"), "run": "run-of-a-test", "who": "tester",
+                        "doing": "rotate_keys"} for host in "ab"}
+        for host in "ab":
+            assert lab.net.module(host, "lock", state="held", started=1, **locks[host])["acquired"]
+            keys[host] = lab.second_generation(host)
+        both = lab.document(serial=2)
+        for host in "ab":
+            both["nodes"][host]["public_keys"]["1"] = keys[host]
+            both["nodes"][host]["probe_addresses"]["1"] = _mesh.probe_address(keys[host])
+        lab.leave_document(both)
+        lab.wait(lambda: all("tester runs rotate_keys" in lab.state(host)["waits_for_run"] for host in "ab"), "agents that wait")
+        # The run ends here, before its work is done: what happens now is for the next one.
+        for host in "ab":
+            lab.net.module(host, "lock", state="absent", **locks[host])
+        lab.api.apply("nodes", lab.node("c"))
+        lab.wait(lambda: all("a rotation of keys is under way" in lab.state(host)["hindrance"] for host in "ab"), "agents that wait")
+        lab.wait(lambda: lab.state("a")["nodes"] == 3, "c at a")
+        assert lab.sends_to("a", "b") and first["c"][1] not in lab.allowed("a")
+        lab.api.delete("nodes", "c")
+        for host in "ab":
+            assert lab.net.module(host, "lock", state="held", started=1, **locks[host])["acquired"]
+        last = lab.document(serial=3)
+        last["generation"] = 1
+        for host in "ab":
+            last["nodes"][host].update(public_keys={"1": keys[host]}, probe_addresses={"1": _mesh.probe_address(keys[host])})
+        for host in "ab":
+            lab.take_second_generation(host, last)
+        lab.leave_document(last)
+        for host in "ab":
+            # the proof that the run has before it sends, for the agent to go by
+            proof = lab.net.module(host, "probe", document_file=str(lab.place(host) / "mesh.json"), node=host, generation=1,
+                                   interface=lab.devices[host], proof_file=str(lab.place(host) / "lock" / ("proof-%s.json" %
+                                                                                                          lab.devices[host])))
+            assert proof["proven_count"] == 1, proof
+        for host in "ab":
+            lab.net.module(host, "lock", state="absent", **locks[host])
+        lab.wait(lambda: all(lab.state(host)["hindrance"] == "" and lab.state(host)["generation"] == 1 for host in "ab"),
+                 "agents of generation 1")
+        lab.whole("a", "b")
+        assert set(lab.allowed("a")) == {keys["b"]} and first["b"][1] not in lab.net.exec("a", "wg", "show", "all", "peers")
+        assert lab.net.exec("a", "ping", "-c", "1", "-W", "5", "-I", lab.net.address("a"), "10.244.2.1")
+        # who joins now does so with the new generation
+        lab.keys["c"] = ("", lab.second_generation("c"))
+        lab.api.apply("nodes", lab.node("c", annotations={agentlab.KEY_1: lab.keys["c"][1]}))
+        lab.wait(lambda: lab.keys["c"][1] in lab.allowed("a") and lab.state("a")["unproven"] == ["c"], "c as a peer of the new device")
+        assert lab.agents == running and all(agent.poll() is None for agent in running.values())
+
+
+def test_a_disk_that_is_full_stops_nothing(tmp_path):
+    with agentlab.AgentLab(tmp_path, ["a", "b", "c"], ["a", "b"]) as lab:
+        full = [lab.place("a") / name for name in ("state", "runtime")]
+        for folder in full:
+            netlab.run("mount", "-t", "tmpfs", "-o", "size=32k,mode=0755", "tmpfs", folder)
+        try:
+            lab.start("a", "b", "c")
+            lab.whole("a", "b")
+            for folder in full:
+                with open(folder / "ballast", "wb", buffering=0) as handle, contextlib.suppress(OSError):
+                    while True:
+                        handle.write(b"x" * 4096)
+            lab.api.apply("nodes", lab.node("c"))
+            lab.whole("a", "b", "c")
+            lab.wait(lambda: "No space left on device" in lab.log("a"), "what the disk said in the log of a")
+            assert lab.agents["a"].poll() is None
+            for folder in full:
+                (folder / "ballast").unlink()
+            lab.api.delete("nodes", "c")
+            lab.whole("a", "b")
+            lab.wait(lambda: lab.state("a").get("nodes") == 2 and '"c"' not in (full[0] / "memory.json").read_text(),
+                     "state and memory of a")
+            for folder in full:
+                assert not [path for path in folder.iterdir() if path.name.startswith(".")], "half a file was left"
+        finally:
+            lab.stop("a")
+            for folder in full:
+                netlab.run("umount", folder, check=False)
 
 
 def test_a_bad_node_does_not_stop_the_others(lab):

@@ -240,26 +240,24 @@ def test_host_encryption_reaches_who_joins_in_clear_until_it_answers_and_then_in
 
 
 def test_host_encryption_under_strict_mode_drops_until_the_tunnel_is_proven(tmp_path):
-    with running(tmp_path, encrypt="nodes", strict={}) as lab, serving(lab, 22, 8080):
-        # c itself is guarded as well, and to others than a and b
-        with Stream(lab, lab.net.address("c")) as stream:
-            stream.wait_clear()
-            lab.api.apply("nodes", lab.node("c"))
-            joined(lab)
-            stream.wait_dropped()
-            clear = stream.in_clear()
-            assert clear == set(range(min(clear), max(clear) + 1))
-            # the way that people have left: mesh_admin_ports
-            assert reached(lab, 22) and not reached(lab, 8080)
-            lab.start("c")
-            lab.whole("a", "b", "c")
-            stream.wait_hidden()
-            assert stream.in_clear() == clear
-            lab.wait(lambda: reached(lab, 8080), "c through the tunnel")
-            lab.api.delete("nodes", "c")
-            lab.whole("a", "b")
-            lab.wait(lambda: lab.guarded("a", "nodes4") == {lab.net.address("b")}, "the guard without c")
-            stream.wait_clear()
+    with running(tmp_path, encrypt="nodes", strict={}) as lab, serving(lab, 22, 8080), Stream(lab, lab.net.address("c")) as stream:
+        stream.wait_clear()
+        lab.api.apply("nodes", lab.node("c"))
+        joined(lab)
+        stream.wait_dropped()
+        clear = stream.in_clear()
+        assert clear == set(range(min(clear), max(clear) + 1))
+        # the way that people have left: mesh_admin_ports
+        assert reached(lab, 22) and not reached(lab, 8080)
+        lab.start("c")
+        lab.whole("a", "b", "c")
+        stream.wait_hidden()
+        assert stream.in_clear() == clear
+        lab.wait(lambda: reached(lab, 8080), "c through the tunnel")
+        lab.api.delete("nodes", "c")
+        lab.whole("a", "b")
+        lab.wait(lambda: lab.guarded("a", "nodes4") == {lab.net.address("b")}, "the guard without c")
+        stream.wait_clear()
 
 
 def test_who_is_exempt_is_reached_in_clear_until_it_is_proven(tmp_path):

@@ -15,6 +15,7 @@ import os
 import re
 import threading
 import typing as t
+from pathlib import Path
 from xml.etree import ElementTree
 
 import prepare
@@ -404,7 +405,7 @@ def galaxy_importer(context):
 
 @check("build", timeout=300)
 def execution_environment(context):
-    """What ansible-builder reads from the installed artifact, and that it can make a build context of our definition."""
+    """What ansible-builder reads from the installed artifact, and that it can make build contexts of our definitions."""
     installed = artifact(context)[1]
     builder = tool(context, "ansible-builder")
     context.run([builder, "introspect", installed], env=environment(context), cwd=context.work)
@@ -414,11 +415,12 @@ def execution_environment(context):
         for line in (own / "meta" / name).read_text(encoding="utf-8").splitlines():
             if line and not line.startswith("#") and f"{line}  # from collection kubemesh.wireguard" not in text:
                 raise Failed(f"ansible-builder does not see '{line}' of meta/{name}")
-    target = context.work / "context"
-    source = own / "extensions" / "execution_environment" / "execution-environment.yml"
-    context.run([builder, "create", "--file", source, "--context", target, "--output-filename", "Containerfile"], env=environment(context))
-    if "requirements.yml" not in (target / "Containerfile").read_text(encoding="utf-8"):
-        raise Failed("the build context installs no collections")
+    for source in ("execution_environment/execution-environment.yml", "eda/decision-environment.yml"):
+        target = context.work / Path(source).stem
+        command = [builder, "create", "--file", own / "extensions" / source, "--context", target, "--output-filename", "Containerfile"]
+        context.run(command, env=environment(context))
+        if "requirements.yml" not in (target / "Containerfile").read_text(encoding="utf-8"):
+            raise Failed(f"the build context of {source} installs no collections")
 
 
 # --- Sanity ----------------------------------------------------------------------------------------------------------------------
@@ -483,19 +485,20 @@ LAB_FILES = {
     "lab-agent": ("test_agent.py", "test_published_keys.py"),
     "lab-variants": ("test_variants.py",),
     "lab-kill": ("test_kill.py",),
+    "eda-lab": ("test_eda.py",),
     "lab-change": ("test_faults.py", "test_change.py", "test_rotation.py", "test_strict.py"),
 }
 
 
-def lab_tests(context, group):
+def lab_tests(context, group, venv=None):
     """pytest on the lab tests of a group, with the installed artifact as the collection that the playbooks come from. What nodes are asked
-    without Ansible is answered by the modules of the working tree."""
+    without Ansible is answered by the modules of the working tree. C(venv): the environment, that of the gate if none is given."""
     need_root()
     elsewhere = {name for names in LAB_FILES.values() for name in names}
     files = [path for path in test_files("lab")
              if (path.name in LAB_FILES[group] if group in LAB_FILES else path.name not in elsewhere)]
     env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
-    return pytest(context, *files, pythonpath=[artifact(context)[1], TESTS / "lab"], env=env)
+    return pytest(context, *files, venv=venv, pythonpath=[artifact(context)[1], TESTS / "lab"], env=env)
 
 
 @check("lab", timeout=2700, cores=2)
@@ -550,6 +553,13 @@ def rulebook(context):
     venv = once(context, "eda", prepare.venv_eda)
     env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
     return pytest(context, TESTS / "eda" / "test_rulebook.py", venv=venv, env=env)
+
+
+@check("eda", timeout=2700, cores=2, name="eda-lab")
+def eda_lab(context):
+    """ansible-rulebook on hosts with systemd: nodes that join, change, are replaced and leave, over ssh, with traffic."""
+    need_root()
+    return lab_tests(context, "eda-lab", once(context, "eda", prepare.venv_eda))
 
 
 @check("molecule", timeout=600, cores=2)

@@ -156,17 +156,22 @@ def unchanged(lab, persistence):
         assert not result["changed"], "%s: %s" % (name, result.get("steps"))
 
 
-def case_1_set_up_with_wg_quick(env):
+def set_up_networks(kubelet):
+    """The underlay and the pod bridge of the machine; ``kubelet``: a unit that stands for it."""
     KEEP.mkdir(mode=0o700)
     for name, text in NETWORK.items():
         (pathlib.Path("/etc/systemd/network") / name).write_text(text)
     pathlib.Path("/etc/sysctl.d/99-zhardening.conf").write_text(SYSCTLS)
-    pathlib.Path("/etc/systemd/system/kubelet.service").write_text(KUBELET)
+    pathlib.Path("/etc/systemd/system/kubelet.service").write_text(kubelet)
     cluster.sh("systemctl", "daemon-reload")
     cluster.sh("systemctl", "enable", "kubelet.service")
     cluster.sh("networkctl", "reload")
     assert wait_for(lambda: "2001:db8::11" in cluster.sh("ip", "addr") and "10.244.1.1/24" in cluster.sh("ip", "addr")), "no underlay"
     cluster.sh("systemctl", "restart", "systemd-sysctl")
+
+
+def case_1_set_up_with_wg_quick(env):
+    set_up_networks(KUBELET)
     (KEEP / "before.json").write_text(json.dumps(everything()))
     lab = start(env)
     machine, peer = lab.nodes

@@ -198,6 +198,16 @@ def test_annotations_count_where_they_are_news():
     assert after["nodes"]["w2"]["public_keys"] == {"0": documents.key(8)} and "is now" in texts[0]
 
 
+def test_annotations_of_another_generation_are_for_rotations():
+    """One that is left of the last rotation brings no key back that nobody has."""
+    before = documents.document({"w%d" % number: entry(
+        number, public_keys={"1": documents.key(number)}, probe_addresses={"1": _mesh.probe_address(documents.key(number))})
+        for number in (1, 2)}, generation=1)
+    found = roster(node(1), node(2, annotations={KEY0: documents.key(7)}), node(3, annotations={KEY0: documents.key(8)}))
+    after, dummy = following(before, found)
+    assert [sorted(after["nodes"][name]["public_keys"]) for name in ("w1", "w2", "w3")] == [["1"], ["1"], []]
+
+
 def test_a_new_node_object_has_the_key_of_its_annotation():
     previous = document(1, 2)
     found = roster(node(1), node(2, uid="uid-again", annotations={KEY0: documents.key(8)}))
