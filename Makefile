@@ -8,7 +8,7 @@
 RUN := tests/run/run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test check lint sanity build test-unit test-live test-lab test-long test-kernel test-eda molecule clean
+.PHONY: help demo demo-down bench test check lint sanity build test-unit test-live test-lab test-long test-kernel test-eda molecule clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -41,16 +41,19 @@ test-live: ## Modules against userspace WireGuard in network namespaces (root)
 	@$(RUN) gate live
 
 test-lab: ## The playbooks on a cluster of hosts with systemd (root)
-	@$(RUN) gate lab lab-variants lab-kill lab-change lab-self
+	@$(RUN) gate lab lab-variants lab-kill lab-change lab-agent lab-self
 
 test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, hours)
-	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-self
+	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-self
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel kernel-boot
 
-test-eda: ## The rulebooks by ansible-rulebook itself (root, installs Java 17)
+test-eda: ## ansible-rulebook itself: events and runs, hosts with systemd (root, installs Java 17)
 	@$(RUN) gate eda
+
+bench: ## Benchmarks: change to kernel, memory, processor time (root; benchmarks/README.md)
+	@$(RUN) bench
 
 molecule: ## The default Molecule scenario (root)
 	@$(RUN) gate molecule

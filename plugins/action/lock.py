@@ -76,4 +76,8 @@ class ActionModule(ActionBase):
         return bool(result.get("damaged")) if holder is None else not _controller.is_over(holder.get("controller"), own)
 
     def _run_module(self, args, task_vars):
+        # Nobody works any more behind this lock. And what was learned of a main process that is dead is not enough to find it dead later,
+        # so this is looked at after that.
+        if _controller.main_is_dead():
+            raise AnsibleActionFail("the process of this run (%d) is dead: nothing is asked of the lock any more" % _controller.main_pid())
         return self._execute_module(module_name="kubemesh.wireguard.lock", module_args=args, task_vars=task_vars)

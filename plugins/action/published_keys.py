@@ -16,7 +16,7 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _published_keys
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _pods, _published_keys
 from ansible_collections.kubemesh.wireguard.plugins.modules.published_keys import ARGUMENT_SPEC
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils import _cluster
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted
@@ -132,7 +132,7 @@ class ActionModule(ActionBase):
 
         def send(patch):
             try:
-                client.request("patch", "%s/%s" % (_cluster.NODES_PATH, patch["node"]), body=_published_keys.body_of(patch),
+                client.request("patch", "%s/%s" % (_pods.NODES.path, patch["node"]), body=_published_keys.body_of(patch),
                                content_type=MERGE_PATCH, serialize=False, _request_timeout=_published_keys.REQUEST_TIMEOUT)
             except Exception as exc:  # noqa: BLE001  the client raises its own, urllib3's, ssl's and plain Exception
                 return _published_keys.verdict(getattr(exc, "status", None), _cluster.status_message(getattr(exc, "body", None))), exc

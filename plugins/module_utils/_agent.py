@@ -28,16 +28,17 @@ import threading
 import time
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as decide
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
+    _agent_pods,
     _lock,
-    _membership,
     _mesh,
+    _pods,
     _probe,
     _routes_plan,
     _status,
     _wg_plan,
 )
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_guard import OFF, GuardKeeper, TableWatcher
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_api import Follower, KubeClient
@@ -50,6 +51,12 @@ NODES = "/api/v1/nodes"
 BASE_INTERVAL = 2.0
 # Seconds between two writings of state and metrics, where nothing happens; node_exporter is read every 15 to 60.
 REPORT_INTERVAL = 15.0
+# Seconds until what happened is told: it reads the whole kernel, which must not keep the next news waiting. Changes come in a row.
+REPORT_SOON = 0.5
+# After a report there is none for so many times of what it took, but for no more than these seconds: with 5,000 peers one takes about a
+# second, and changes may come all the time.
+REPORT_REST = 20
+REPORT_REST_LONGEST = 60.0
 # Seconds until work is tried again that failed, or that a run of a playbook was in the way of.
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)
 # Seconds that new peers have to answer. A silent one must not keep those waiting that came after it.
@@ -59,6 +66,8 @@ PROVE_SECONDS = 3.0
 ROUNDS_OF_KNOCKING = 4
 # Seconds until the node's own key is offered to the API again after it was refused.
 PUBLISH_AGAIN = 600.0
+# How many times as long as it took the next computation waits: of a cluster with very many pods the agent takes a fifth of a processor.
+REST = 4.0
 # Seconds until a node that could not be taken out of the document is tried again.
 GONE_AGAIN = 5.0
 # Seconds for one command of iproute2.
@@ -142,8 +151,15 @@ class Kernel:
             self.last = (generation, link, state, self.routes())
         return self.last[1:]
 
-    def converge(self, document, applied, proven):
-        """Bring the kernel to a document, from what `look` returned last; -> ``(steps in the order they were done, device after them)``."""
+    def sends_all(self):
+        """Whether the rules of this node, as a run left them, steer packets whatever their source."""
+        return not any(rule["iif"] for rule in live_routes.stored_rules(self.config["boot_folder"]))
+
+    def converge(self, document, applied, proven, own_cidrs=None):
+        """Bring the kernel to a document, from what `look` returned last; -> ``(steps in the order they were done, device after them)``.
+
+        ``own_cidrs``: the prefixes that this node sends from, None for all of its own.
+        """
         generation, link, state, current = self.last
         # Until all steps are done nobody knows what is there.
         self.last = None
@@ -152,7 +168,7 @@ class Kernel:
         link_steps, first, last = decide.plan_device(state, link, document, applied, config, live_device.has_ipv6())
         if any(step["op"] == "create_link" for step in link_steps):
             raise MeshError("device %s is missing: run the playbook enable on this node" % name)
-        settings = decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"]))
+        settings = dict(decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"])), own_cidrs=own_cidrs)
         present = decide.routed_now(current["routes"], applied, document, node, config["table"])
         wanted = _routes_plan.wanted_state(document, node, settings, proven, present)
         early = decide.early_removals(current, wanted, decide.moved_prefixes(state, first))
@@ -240,6 +256,10 @@ class Agent:
         self.queue = queue.SimpleQueue()
         self.follower = Follower(self.client, NODES, "NodeList", decide.reduced, lambda what, value: self.queue.put((what, value)),
                                  lambda listing: decide.distrust(listing, config["node"]))
+        source = config["pod_source"]
+        self.pods = None if source == _pods.NODE_CIDRS else _agent_pods.PodRoster(source)
+        self.followers = [self.follower] + [self.pod_follower(resource) for resource in _pods.RESOURCES[source]]
+        self.sending = None       # of `_agent_pods.next_sending`; None where the rules of the kernel are to be read first
         self.stopping = False
         self.roster = decide.empty_roster()
         self.api = "not reached yet"
@@ -248,7 +268,8 @@ class Agent:
         self.news = None          # (first, last): when news came that are not computed yet
         self.lag_since = None     # when the first news came that are not in the kernel yet
         self.lag = None
-        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0}
+        self.due = {"base": 0.0, "report": 0.0, "watchdog": 0.0, "gone": 0.0, "compare": 0.0, "rest": 0.0, "send": None, "save": 0.0}
+        self.rested = 0.0         # when the next report may be made
         self.failures = 0
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
@@ -266,13 +287,22 @@ class Agent:
         self.whole = True         # whether the next comparison reads the kernel first
         self.expected = True      # whether the next comparison is to find something to do
 
+    def pod_follower(self, resource):
+        """The thread that follows one of the resources that the pods' addresses come from."""
+        return Follower(
+            self.client, resource.path, resource.kind + "List", _agent_pods.reducer(resource.kind),
+            lambda what, value: self.queue.put(("pods", (resource.kind, what, value))),
+            lambda listing: _agent_pods.distrust(resource, listing), key_of=_agent_pods.key_of, selector=resource.selector,
+            page_size=_agent_pods.PAGE_SIZE, most=_agent_pods.OBJECTS_MAX)
+
     # --- the loop
 
     def run(self):
         """Work until `stop`; -> the exit code. A thread that ended by a fault of ours ends all: systemd starts the agent again."""
         self.load_base()
         self.due["converge"] = self.clock()
-        self.follower.start()
+        for follower in self.followers:
+            follower.start()
         ready = False
         while not self.stopping:
             self.tick()
@@ -280,11 +310,12 @@ class Agent:
                 self.notifier.tell("READY=1")
                 ready = True
             self.receive(self.pause())
-            if not self.follower.is_alive():
+            if not all(follower.is_alive() for follower in self.followers):
                 log("the thread that follows the API has ended: ending as well, to be started again")
                 return 1
         self.notifier.tell("STOPPING=1")
-        self.follower.stop()
+        for follower in self.followers:
+            follower.stop()
         return 0
 
     def stop(self, *dummy):
@@ -293,12 +324,13 @@ class Agent:
 
     def pause(self):
         """Seconds until something is due."""
-        times = [when for what, when in self.due.items() if what not in ("gone", "compare")]
+        times = [when for what, when in self.due.items() if what not in ("gone", "compare", "rest", "send", "save")]
         if self.news:
-            times.append(decide.settle_at(*self.news))
-        when = decide.next_gone(self.roster, self.config["grace"])
-        if when is not None:
-            times.append(max(when, self.due["gone"]))
+            times.append(self.settled())
+        gone = [decide.next_gone(self.roster, self.config["grace"])]
+        if self.pods is not None:
+            gone.append(self.pods.next_gone(self.config["grace"]))
+        times += [max(when, self.due["gone"]) for when in gone if when is not None]
         if not self.proving:
             times += [again for name, (dummy, dummy2, again) in self.asked.items() if name in self.unproven]
         return max(0.0, min(times) - self.clock())
@@ -313,26 +345,45 @@ class Agent:
         except queue.Empty:
             return
 
+    def settled(self):
+        """When the news are computed: they settled, and the last work, where pods make much of it, is a small part of the time."""
+        return max(decide.settle_at(*self.news), self.due["rest"])
+
     def tick(self):
         """Do what is due."""
         now = self.clock()
         if now >= self.due["base"]:
             self.due["base"] = now + BASE_INTERVAL
             self.load_base()
+        computed = False
         over = now >= self.due["gone"] and decide.gone(self.roster, self.config["grace"], now)
-        if over or (self.news and now >= decide.settle_at(*self.news)):
+        if self.pods is not None and now >= self.due["gone"]:
+            over = self.pods.forget(self.config["grace"], now) or over
+        if over or (self.news and now >= self.settled()):
             self.compute(now)
+            computed = True
         if now >= self.due["converge"]:
             self.converge(now)
+        if computed and self.pods is not None:
+            end = self.clock()
+            self.due["rest"] = end + REST * (end - now)
         self.prove(self.clock())
-        if self.unsaved:
+        if self.unsaved and now >= self.due["save"]:
+            self.due["save"] = now + (0.0 if self.pods is None else BASE_INTERVAL)
             self.save_memory()
         if now >= self.due["report"]:
-            self.due["report"] = now + REPORT_INTERVAL
+            began = self.clock()
             self.report()
+            ended = self.clock()
+            self.rested = ended + min(REPORT_REST_LONGEST, REPORT_REST * (ended - began))
+            self.due["report"] = max(ended + REPORT_INTERVAL, self.rested)
         if now >= self.due["watchdog"]:
             self.due["watchdog"] = now + (self.notifier.interval or BASE_INTERVAL * 10)
             self.notifier.tell("WATCHDOG=1")
+
+    def tell_soon(self):
+        """Something happened that `status` and metrics are to show."""
+        self.due["report"] = min(self.due["report"], max(self.clock() + REPORT_SOON, self.rested))
 
     # --- messages
 
@@ -358,16 +409,35 @@ class Agent:
             log("the API: %s" % text)
         self.api = text
         self.roster = decide.lost(self.roster)
-        self.due["report"] = self.clock()
+        self.tell_soon()
 
     def on_back(self, dummy):
         """A watch goes on where the last one, or the list, ended: what is known is complete."""
         if self.api != "watching":
             log("the API: watching")
-            self.due["report"] = self.clock()
+            self.tell_soon()
         self.api = "watching"
         self.roster = dict(self.roster, complete=True)
         self.roster = self.missing()
+
+    def on_pods(self, message):
+        """News of the pods' addresses."""
+        kind, what, value = message
+        if what == "listed":
+            self.counts["lists"] += 1
+            changed = self.pods.listed(kind, value, self.clock())
+        elif what == "event":
+            self.counts["events"] += 1
+            changed = self.pods.happened(kind, *value)
+        else:
+            text = value if what == "away" else ""
+            changed = False
+            if text != self.pods.away[kind]:
+                log("the API: %s" % (text or "watching %s" % kind))
+                self.due["report"] = self.clock()
+            self.pods.away[kind] = text
+        if changed:
+            self.has_news()
 
     def on_proved(self, result):
         self.proving = False
@@ -437,7 +507,7 @@ class Agent:
         if base is None:
             self.base = self.document = None
             self.trouble, self.unproven = "there is no mesh document at %s: run the playbook enable" % path, set()
-            self.due["report"] = self.clock()
+            self.tell_soon()
             return
         sha256 = _mesh.document_sha256(base)
         if sha256 != self.base_sha256:
@@ -450,7 +520,7 @@ class Agent:
             # At a start the kernel is as this agent left it, or as a run or the boot made it.
             self.applied = self.document
             self.expected = True
-        self.whole = True
+        self.whole, self.sending = True, None
         self.load_proofs()
         if self.roster["complete"]:
             self.has_news()
@@ -462,12 +532,14 @@ class Agent:
         self.news = None
         # Who is gone and cannot be taken out now is tried again, but not at once.
         self.due["gone"] = now + GONE_AGAIN
-        if self.document is None or not self.roster["complete"]:
+        if self.document is None or not self.roster["complete"] or (self.pods is not None and not self.pods.is_known()):
             return
         if self.remembered is None:
-            self.remembered = decide.adopt(self.document, self.roster)
+            self.remembered = decide.adopt(self.document, self.roster, self.config["pod_source"])
         self.roster = self.missing()
-        document, texts = decide.next_document(self.document, self.roster, self.remembered, self.config, now)
+        roster, texts = (self.roster, []) if self.pods is None else self.pods.view(self.roster, self.document)
+        document, more = decide.next_document(self.document, roster, self.remembered, self.config, now)
+        texts = texts + more
         for text in texts:
             if text not in self.texts:
                 log("warning: " + text)
@@ -475,6 +547,8 @@ class Agent:
         changes = _mesh.compare_documents(self.document, document)
         if changes:
             self.counts["changes"] += 1
+            if self.pods is not None:
+                changes = _agent_pods.summary(changes)
             for text in changes[:decide.NAMES_SHOWN]:
                 log(text)
             self.document = document
@@ -582,8 +656,9 @@ class Agent:
             self.whole = True
         if self.document is None:
             self.due["converge"] = now + RETRY[-1]
-            self.due["report"] = now
+            self.tell_soon()
             return
+        self.due["send"] = None
         try:
             with _lock.turn(self.config["lock_file"]) as waits:
                 self.waits = waits
@@ -599,7 +674,7 @@ class Agent:
             if self.whole:
                 self.due["compare"] = now + random.uniform(*decide.COMPARE)  # noqa: S311 - spreads work, protects nothing
             self.failures, self.whole = 0, False
-            self.due["converge"] = self.due["compare"]
+            self.due["converge"] = min(when for when in (self.due["compare"], self.due["send"]) if when is not None)
         except (MeshError, OSError) as exc:
             text = str(exc)
             if text != self.trouble:
@@ -607,7 +682,7 @@ class Agent:
             self.trouble, self.whole = text, True
             self.failures += 1
             self.due["converge"] = self.clock() + RETRY[min(self.failures, len(RETRY)) - 1]
-        self.due["report"] = self.clock()
+        self.tell_soon()
 
     def work(self):
         """One comparison; nobody else changes the mesh meanwhile."""
@@ -623,7 +698,7 @@ class Agent:
             log("the guard was not as it was left")
         if closed:
             log("the guard: %s" % decide.guard_words(closed))
-        dummy, state, dummy2 = self.kernel.look(document["generation"], self.whole)
+        dummy, state, routed = self.kernel.look(document["generation"], self.whole)
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
         if trouble != self.trouble and trouble:
             log(trouble)
@@ -633,7 +708,7 @@ class Agent:
             return
         self.distrust_fresh(state)
         proven = self.proven()
-        steps, state = self.kernel.converge(document, self.applied, proven)
+        steps, state = self.kernel.converge(document, self.applied, proven, self.sends_from(document, routed["rules"]))
         self.applied = document
         opened = self.guard.open()
         if opened:
@@ -648,16 +723,25 @@ class Agent:
             self.lag, self.lag_since = now - self.lag_since, None
         self.note_unproven(state, proven)
 
+    def sends_from(self, document, rules):
+        """The prefixes that this node sends from, None for all of its own. ``rules``: those of the kernel."""
+        if self.pods is None or self.kernel.sends_all():
+            self.sending = None
+            return None
+        before = self.sending or _agent_pods.sending_of(rules, self.config["table"])
+        self.sending, self.due["send"] = _agent_pods.next_sending(
+            before, _mesh.local_pod_cidrs(document, self.config["node"]), self.clock())
+        self.expected = self.expected or self.sending["cidrs"] != before["cidrs"]
+        return self.sending["cidrs"]
+
     # --- what is told
 
     def publish(self, now):
         """Offer the node's own public keys to the API, where its Node does not have them."""
         own = self.roster["members"].get(self.config["node"])
-        if own is None or self.document is None or self.config["node"] not in self.document["nodes"]:
+        if own is None or self.document is None:
             return
-        keys = self.document["nodes"][self.config["node"]]["public_keys"]
-        wanted = {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
-                  if own["annotation_keys"].get(generation) != key}
+        wanted = decide.keys_to_publish(self.document, own)
         if not wanted or (self.published and self.published[0] == wanted and (self.published[1] is None or now < self.published[1])):
             return  # nothing to do, done, or refused a short while ago
         self.published = (wanted, now + PUBLISH_AGAIN)
@@ -673,7 +757,8 @@ class Agent:
 
     def report(self):
         """State for `status`, metrics for node_exporter, a line for systemd."""
-        summary = decide.state_of(self.document, self.api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
+        api = self.api if self.api != "watching" or self.pods is None else self.pods.trouble() or self.api
+        summary = decide.state_of(self.document, api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
                                   time.time())
         summary["base"], summary["guard"] = self.base_sha256, self.guard.state
         rows, dropped = [], None
@@ -689,7 +774,7 @@ class Agent:
         self.write(self.config["metrics_file"], decide.metrics_text(rows, summary, dropped))
         self.write(os.path.join(self.config["runtime"], "state.json"), json.dumps(summary, sort_keys=True) + "\n")
         waits = "waits: " + self.waits if self.waits else ""
-        self.notifier.tell("STATUS=%s" % (self.trouble or waits or "%d nodes, API: %s" % (summary["nodes"], self.api)))
+        self.notifier.tell("STATUS=%s" % (self.trouble or waits or "%d nodes, API: %s" % (summary["nodes"], api)))
 
 
 def only_one(folder):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _membership, _mesh, _routes_plan, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _membership, _mesh, _pods, _routes_plan, _wg_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import GENERATIONS, MeshError, shown
 
 CONFIG_SCHEMA = 1
@@ -46,7 +46,7 @@ STATE_OLD = 120
 _CONFIG = {
     "node": str, "server": str, "ca_file": (str, type(None)), "token_file": (str, type(None)), "interface": str, "table": int,
     "rule_priority": int, "fwmark": int, "exempt_cidrs": list, "exclude_nodes": list, "service_cidrs": list, "grace": int,
-    "document_file": str, "boot_folder": str, "lock_file": str, "runtime": str, "state": str, "metrics_file": str,
+    "document_file": str, "boot_folder": str, "lock_file": str, "runtime": str, "state": str, "metrics_file": str, "pod_source": str,
 }
 
 
@@ -75,6 +75,8 @@ def parse_config(text):
     # It becomes the name of two devices, with 0 and 1 at its end; names have at most 15 characters (IFNAMSIZ).
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,14}", config["interface"]):
         raise MeshError("mesh_interface: %s is not the stem of a device name" % shown(config["interface"]))
+    if config["pod_source"] not in _pods.SOURCES:
+        raise MeshError("mesh_pod_source: %s is none of %s" % (shown(config["pod_source"]), ", ".join(_pods.SOURCES)))
     _routes_plan.check_settings(config)
     return config
 
@@ -162,7 +164,7 @@ def settle_at(first, last):
 
 # --- the next document ---------------------------------------------------------------------------------------------------------------
 
-def adopt(document, roster):
+def adopt(document, roster, pod_source):
     """What is remembered about a base document when the API is first seen beside it::
 
         {"annotations": {name: {generation: text}},          # these are no news: the run knew them, or something better
@@ -174,7 +176,9 @@ def adopt(document, roster):
         if candidate is None or not entry["uid"] or candidate["uid"] != entry["uid"]:
             continue
         annotations[name] = dict(candidate["annotation_keys"])
-        if entry["pod_cidrs"] and candidate["pod_cidrs"] and entry["pod_cidrs"] != _mesh.sorted_cidrs(candidate["pod_cidrs"]):
+        # Where prefixes follow the pods, others than before say nothing; the role refuses mesh_pod_cidrs there.
+        if pod_source == _pods.NODE_CIDRS and entry["pod_cidrs"] and candidate["pod_cidrs"] and (
+                entry["pod_cidrs"] != _mesh.sorted_cidrs(candidate["pod_cidrs"])):
             kept["pod_cidrs"].append(name)
         if entry["node_addresses"] != _mesh.node_address_order(candidate["node_addresses"]):
             kept["node_addresses"].append(name)
@@ -217,14 +221,14 @@ def _build(candidates, previous, remembered, config, kept):
         settings[name] = None
     document, warnings = _membership.build_document(candidates, {}, previous, {
         "complete": True, "port": previous["ports"]["0"], "generation": previous["generation"],
-        "exclude_nodes": config["exclude_nodes"], "service_cidrs": config["service_cidrs"],
+        "exclude_nodes": config["exclude_nodes"], "service_cidrs": config["service_cidrs"], "pod_source": config["pod_source"],
         "settings": {name: own for name, own in settings.items() if own is not None},
         "overlaps": _membership.plain_overlap_problems})
     # Settings that this node alone has, and a document that is this node's alone: what others are told comes from runs.
     return dict(document, ports=previous["ports"], complete=previous["complete"]), warnings
 
 
-def _in_the_way(entries, candidates):
+def _in_the_way(entries, candidates, pod_source):
     """Names of ``entries`` whose addresses or keys belong to one of the candidates now: a Node's pod CIDR and address are given to the next
     one as soon as it is gone."""
     nodes = {name: entry for name, entry in entries.items() if entry["state"] != "excluded"}
@@ -236,8 +240,10 @@ def _in_the_way(entries, candidates):
     held = [(cidr, (name, "")) for name, entry in nodes.items() for cidr in entry["pod_cidrs"]]
     held += [(_mesh.host_cidr(address), (name, "")) for name, entry in nodes.items() for address in entry["node_addresses"]]
     found = {name for name, entry in nodes.items() if keys & set(entry["public_keys"].values())}
-    for (dummy, one), (dummy2, other) in _mesh.find_overlaps(set(taken + held), lambda one, other: bool(one[0]) != bool(other[0])):
-        found.add(one[0] or other[0])
+    for (wide, one), (narrow, other) in _mesh.find_overlaps(set(taken + held), lambda one, other: bool(one[0]) != bool(other[0])):
+        # What is borrowed from a block leaves the rest of it where it is.
+        if pod_source != "calico_ipam" or wide == narrow or not _mesh.is_host(narrow):
+            found.add(one[0] or other[0])
     return found
 
 
@@ -254,7 +260,7 @@ def next_document(previous, roster, remembered, config, now):
             for name, candidate in sorted(roster["members"].items()) if name not in roster["problems"]]
     absent = {name: entry for name, entry in before.items() if name not in roster["members"] or name in roster["problems"]}
     absent = {name: entry for name, entry in absent.items() if name not in over}
-    gives_way = _in_the_way({name: entry for name, entry in absent.items() if name in roster["missing"]}, news)
+    gives_way = _in_the_way({name: entry for name, entry in absent.items() if name in roster["missing"]}, news, config["pod_source"])
     kept = sorted(set(absent) - gives_way)
     stays = [_from_entry(name, before[name]) for name in kept]
     texts = [text for name in sorted(roster["problems"]) for text in roster["problems"][name]]
@@ -299,6 +305,19 @@ def _one_by_one(news, stays, previous, remembered, config, kept):
         taken[candidate["name"]] = candidate
         as_before.pop(candidate["name"], None)
     return document, warnings
+
+
+def keys_to_publish(document, candidate):
+    """``{annotation: public key}`` that a node offers to the API for itself; empty where there is nothing to do.
+
+    ``candidate``: its own Node. While a node has two keys, a rotation is under way: it publishes the new one and takes the old one back
+    before the node knows, and what it took back must not come again.
+    """
+    keys = document["nodes"].get(candidate["name"], {}).get("public_keys", {})
+    if len(keys) != 1:
+        return {}
+    return {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
+            if candidate["annotation_keys"].get(generation) != key}
 
 
 # --- what the kernel shall hold ------------------------------------------------------------------------------------------------------
@@ -382,7 +401,8 @@ def route_settings(config, interface, stored_rules):
     return {
         "interface": interface, "table": config["table"], "rule_priority": config["rule_priority"], "fwmark": config["fwmark"],
         "encrypt": "nodes" if any(rule["not_fwmark"] for rule in stored_rules) else "pods", "send": bool(stored_rules),
-        "unproven": "keep", "exempt_cidrs": config["exempt_cidrs"]}
+        "unproven": "keep", "exempt_cidrs": config["exempt_cidrs"], "iifs": sorted({rule["iif"] for rule in stored_rules} - {""}),
+        "own_cidrs": None}
 
 
 def routed_now(routes, applied, document, node, table):

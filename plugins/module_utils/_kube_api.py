@@ -126,34 +126,40 @@ class KubeClient:
             text += "; does %s hold the CA of this API server, and does its certificate name this address?" % (self.ca_file or "the system")
         return ApiError(text)
 
-    def list(self, path, kind, reduce):
-        """``(results, resourceVersion)``: ``reduce(object)`` of every object of a list, page by page. ``kind``: such as ``NodeList``."""
+    def list(self, path, kind, reduce, selector="", page_size=None, most=None):
+        """``(results, resourceVersion)``: ``reduce(object)`` of every object of a list, page by page. ``kind``: such as ``NodeList``.
+
+        ``selector``: a field selector; ``most``: number of objects from which on this is no list of a cluster.
+        """
         what = "list of %s" % path.rpartition("/")[2]
         results, token = [], ""
         while True:
-            query = {"limit": str(decide.PAGE_SIZE)}
+            query = {"limit": str(page_size or decide.PAGE_SIZE)}
+            if selector:
+                query["fieldSelector"] = selector
             if token:
                 query["continue"] = token
             data = self._read("GET", "%s?%s" % (path, urllib.parse.urlencode(query)), what)
             items, version, token = decide.parse_page(data, kind, self._where(what)["what"])
             del data
             results.extend(reduce(item) for item in items)
-            if len(results) > decide.OBJECTS_MAX:
-                raise ApiError("%s: more than %d objects" % (self._where(what)["what"], decide.OBJECTS_MAX))
+            if len(results) > (most or decide.OBJECTS_MAX):
+                raise ApiError("%s: more than %d objects" % (self._where(what)["what"], most or decide.OBJECTS_MAX))
             if not token:
                 return results, version
 
-    def watch(self, path, version, handle, opened=None, jitter=random.random):
+    def watch(self, path, version, handle, opened=None, jitter=random.random, selector=""):
         """Call ``handle(type, object, resourceVersion)`` for each event after a version, until the server ends the watch.
 
         ``opened(socket)``: told which connection is used, so that another thread can cut it. Raises `Gone`, `ApiError`, and what the
         network raises (`LOST`).
         """
         what = "watch of %s" % path.rpartition("/")[2]
-        query = urllib.parse.urlencode({
-            "watch": "1", "resourceVersion": version, "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(int(WATCH_SECONDS * (1.0 + jitter())))})
-        connection, answer = self._ask("GET", "%s?%s" % (path, query), what, SILENCE_SECONDS)
+        query = {"watch": "1", "resourceVersion": version, "allowWatchBookmarks": "true",
+                 "timeoutSeconds": str(int(WATCH_SECONDS * (1.0 + jitter())))}
+        if selector:
+            query["fieldSelector"] = selector
+        connection, answer = self._ask("GET", "%s?%s" % (path, urllib.parse.urlencode(query)), what, SILENCE_SECONDS)
         try:
             if opened is not None:
                 opened(connection.sock)
@@ -181,12 +187,14 @@ class Follower(threading.Thread):
     ``listed``: ``{name: reduced object}``, after each list; ``event``: ``(name, reduced object or None for one that is gone)``;
     ``away``: text, after each failure; ``back``: the watch is up again, and nothing is missing between what was told and what comes.
     ``reduce(object)`` is what is kept of an object; it must not raise. ``check(listing)`` says why a list is not to be believed, or
-    nothing: it is told to nobody then, and asked for again.
+    nothing: it is told to nobody then, and asked for again. ``key_of(object)``: what it is called in what is told. ``how``: what else
+    `KubeClient.list` takes.
     """
 
     def __init__(self, client, path, kind, reduce, tell, check=lambda listing: "", pause=time.sleep, jitter=random.random,
-                 clock=time.monotonic):
+                 clock=time.monotonic, key_of=decide.name_of, **how):
         super().__init__(daemon=True, name="follower")
+        self.key_of, self.how = key_of, how
         self.client, self.path, self.kind, self.reduce, self.tell, self.check = client, path, kind, reduce, tell, check
         self.pause, self.jitter, self.clock = pause, jitter, clock
         self.version = None
@@ -206,7 +214,7 @@ class Follower(threading.Thread):
     def once(self):
         """A list where one is needed, and one watch."""
         if self.version is None:
-            found, version = self.client.list(self.path, self.kind, lambda item: (decide.name_of(item), self.reduce(item)))
+            found, version = self.client.list(self.path, self.kind, lambda item: (self.key_of(item), self.reduce(item)), **self.how)
             listing = {name: reduced for name, reduced in found if name is not None}
             doubt = self.check(listing)
             if doubt:
@@ -215,7 +223,7 @@ class Follower(threading.Thread):
             self.tell("listed", listing)
         self._silent, began = True, self.clock()
         try:
-            self.client.watch(self.path, self.version, self._event, self._opened, self.jitter)
+            self.client.watch(self.path, self.version, self._event, self._opened, self.jitter, self.how.get("selector", ""))
         finally:
             if self.clock() - began >= SETTLED_SECONDS:
                 self._silent, self.failures = False, 0
@@ -231,7 +239,7 @@ class Follower(threading.Thread):
     def _event(self, kind, obj, version):
         self._silent, self.failures = False, 0
         self.version = version
-        name = decide.name_of(obj)
+        name = self.key_of(obj)
         if kind != "BOOKMARK" and name is not None:
             self.tell("event", (name, None if kind == "DELETED" else self.reduce(obj)))
 

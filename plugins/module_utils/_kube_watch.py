@@ -37,7 +37,7 @@ EVENT_TYPES = ("ADDED", "MODIFIED", "DELETED", "BOOKMARK")
 _REMEDIES = {
     401: "the token is not valid (any more): renew the one in %(token_file)s",
     403: "the token in %(token_file)s lacks a right: apply the role's RBAC manifest, and see that the token is that of its ServiceAccount",
-    404: "is %(server)s the address of a Kubernetes API server?",
+    404: "is %(server)s the address of a Kubernetes API server, and does the cluster have such objects (mesh_pod_source)?",
 }
 
 

@@ -604,6 +604,9 @@ def _merge_keys(name, own_keys, annotation_keys, previous_keys, options, warning
             continue
         before = previous_keys.get(generation)
         key, source = own_keys.get(generation), "reported by the node itself"
+        if key is not None and annotation_keys.get(generation, key) not in (key, before) and not options["expect_new_keys"]:
+            warnings.append("node %s, annotation %s: %s, but the node itself reports %s, which counts; if nobody made a new key, find out"
+                            " who changed the annotation" % (name, ANNOTATIONS[generation], shown(annotation_keys[generation]), key))
         if key is None and generation in annotation_keys:
             source = "from its annotation %s" % ANNOTATIONS[generation]
             try:
@@ -859,6 +862,8 @@ def build_document(members, keys, previous, options=None):
     for candidate in sorted(members, key=lambda member: member["name"]):
         name = candidate["name"]
         nodes[name] = _entry(candidate, options["settings"].get(name), keys.get(name, {}), before.get(name), options, problems, warnings)
+    # What did not change is the same object in both: an agent has several documents of 5,000 nodes in memory, and checks what is new.
+    nodes = {name: before[name] if entry == before.get(name) else entry for name, entry in nodes.items()}
     _check_pod_cidrs(nodes, previous, options["pod_source"], problems, warnings)
     unknown = sorted(set(options["exclude_nodes"]) - set(nodes))
     if unknown:
@@ -879,4 +884,4 @@ def build_document(members, keys, previous, options=None):
         # Where nodes keep different documents of one serial, only a new serial can tell them that both are superseded.
         if document != previous or forked:
             document["serial"] += 1
-    return validate_document(document), warnings
+    return validate_document(document, previous), warnings

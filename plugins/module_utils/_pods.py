@@ -9,14 +9,16 @@
 
 Pure: standard library only, no I/O, no clock, Python 3.8 and newer.
 
-*Objects* are parsed objects of the API by kind, ``{"Pod": [...]}``: data, never trusted. *Prefixes* are ``{node name: [canonical CIDR]}``.
-A prefix covers addresses of its node only, save those that a narrower prefix of another node takes out of it (see `calico_prefixes`).
+*Objects* are parsed objects of the API by kind, ``{"Pod": [...]}``: data, never trusted. *Found* is what is kept of them, ``{"Pod":
+[result of `REDUCERS`]}``: some hundred bytes of each instead of ten thousand. *Prefixes* are ``{node name: [canonical CIDR]}``. A prefix
+covers addresses of its node only, save those that a narrower prefix of another node takes out of it (see `calico_prefixes`).
 """
 
 from __future__ import annotations
 
 import collections
 import ipaddress
+import sys
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     MeshError,
@@ -94,41 +96,49 @@ def _pod_addresses(status):
     return [text for text in listed or [status.get("podIP")] if text not in (None, "")]
 
 
-def _claim(item):
-    """How good a pod's claim to its address is. The network gives an address to the next pod when the sandbox of the last one is gone, and
-    that one's object may still be there: then the one that is not being deleted counts, then the younger one."""
-    metadata, status = _dict(item.get("metadata")), _dict(item.get("status"))
-    started = status.get("startTime")
-    return (not metadata.get("deletionTimestamp"), started if isinstance(started, str) else "", _named(item, "pod"))
+# ``claim``: how good the pod's claim to its addresses is. The network gives an address to the next pod when the sandbox of the last one is
+# gone, and that one's object may still be there: then the one that is not being deleted counts, then the younger one.
+Pod = collections.namedtuple("Pod", "node values claim problems")
 
 
-def pod_prefixes(objects, nodes, node_addresses, merge=merged_prefixes):
+def reduce_pod(item):
+    """`Pod` of an object; None for one without addresses of its own: pods of the host's network, and those that are done."""
+    metadata, spec, status = (_dict(item.get(field)) for field in ("metadata", "spec", "status"))
+    node, started = spec.get("nodeName"), status.get("startTime")
+    if not isinstance(node, str) or spec.get("hostNetwork") or status.get("phase") in _DONE:
+        return None
+    addresses, problems, label = [], [], _named(item, "pod")
+    for text in _pod_addresses(status):
+        try:
+            addresses.append(canonical_address(text))
+        except MeshError as exc:
+            problems.append("%s on node %s: %s" % (label, node, exc))
+    if not addresses and not problems:
+        return None
+    claim = (not metadata.get("deletionTimestamp"), started if isinstance(started, str) else "", label)
+    return Pod(sys.intern(node), tuple(addresses), claim, tuple(problems))
+
+
+def pod_prefixes(found, nodes, node_addresses, merge=merged_prefixes):
     """``(prefixes, warnings)`` of Pods: the addresses of each node's pods, merged.
 
-    ``nodes``: names of the cluster's nodes; ``node_addresses``: canonical addresses of all of them. Pods of the host's network have no
-    address of their own, and those that are done have none any more.
+    ``nodes``: names of the cluster's nodes; ``node_addresses``: canonical addresses of all of them.
     """
     owners, claims, warnings, unreadable, contested = {}, {}, [], [], []
-    for item in objects["Pod"]:
-        spec, status = _dict(item.get("spec")), _dict(item.get("status"))
-        node = _known_node(spec.get("nodeName"), nodes)
-        if node is None or spec.get("hostNetwork") or status.get("phase") in _DONE:
+    for pod in found["Pod"]:
+        node = _known_node(pod.node, nodes)
+        if node is None:
             continue
-        claim = _claim(item)
-        for text in _pod_addresses(status):
-            try:
-                address = canonical_address(text)
-            except MeshError as exc:
-                # One node's kubelet must not stop the mesh of all others.
-                unreadable.append("%s on node %s: %s" % (_named(item, "pod"), node, exc))
-                continue
+        # One node's kubelet must not stop the mesh of all others.
+        unreadable += pod.problems
+        for address in pod.values:
             # Some virtual nodes have the address of their only pod.
             if address in node_addresses:
                 continue
             if owners.get(address, node) != node:
                 contested.append("%s (nodes %s and %s)" % (address, owners[address], node))
-            if address not in owners or claim > claims[address]:
-                owners[address], claims[address] = node, claim
+            if address not in owners or pod.claim > claims[address]:
+                owners[address], claims[address] = node, pod.claim
     if unreadable:
         warnings.append("%s; left out" % some_of(unreadable, NAMES_SHOWN))
     if contested:
@@ -150,28 +160,51 @@ def _cidr(spec, where, problems):
         return None
 
 
+Affinity = collections.namedtuple("Affinity", "node values problems")
+# ``allocated``: ((node, (ordinals in the block)), ...)
+Block = collections.namedtuple("Block", "values allocated problems")
+
+
+def reduce_affinity(item):
+    """`Affinity` of a BlockAffinity with its block as the only value; None for one that does not count."""
+    spec, problems = _dict(item.get("spec")), []
+    # Blocks of services have a type of their own ("virtual"); `deleted` is text for the sake of older versions.
+    if spec.get("state") != "confirmed" or spec.get("deleted") in (True, "true") or spec.get("type") not in (None, "", "host"):
+        return None
+    where, node = _named(item, "BlockAffinity"), None
+    cidr = _cidr(spec, where, problems)
+    try:
+        node = sys.intern(check_node_name(spec.get("node")))
+    except MeshError as exc:
+        problems.append("%s, spec.node: %s; repair it with calicoctl ipam check" % (where, exc))
+    return Affinity(node, () if cidr is None or node is None else (cidr,), tuple(problems))
+
+
 def _block_owners(affinities, problems):
-    """``{block: node}`` of the confirmed affinities, whether or not the node still is one; blocks that two nodes claim are not in it."""
+    """``{block: node}`` of the affinities, whether or not the node still is one; blocks that two nodes claim are not in it."""
     claimed = {}
-    for item in affinities:
-        spec = _dict(item.get("spec"))
-        # Blocks of services have a type of their own ("virtual"); `deleted` is text for the sake of older versions.
-        if spec.get("state") != "confirmed" or spec.get("deleted") in (True, "true") or spec.get("type") not in (None, "", "host"):
-            continue
-        where = _named(item, "BlockAffinity")
-        cidr = _cidr(spec, where, problems)
-        try:
-            node = check_node_name(spec.get("node"))
-        except MeshError as exc:
-            problems.append("%s, spec.node: %s; repair it with calicoctl ipam check" % (where, exc))
-            continue
-        if cidr is not None:
-            claimed.setdefault(cidr, set()).add(node)
+    for affinity in affinities:
+        problems += affinity.problems
+        for cidr in affinity.values:
+            claimed.setdefault(cidr, set()).add(affinity.node)
     return {cidr: nodes.pop() for cidr, nodes in claimed.items() if len(nodes) == 1}
 
 
+def reduce_block(item):
+    """`Block` of an IPAMBlock with its CIDR as the only value; None for one that is deleted."""
+    spec, problems, by_node = _dict(item.get("spec")), [], {}
+    if spec.get("deleted") in (True, "true"):
+        return None
+    cidr = _cidr(spec, _named(item, "IPAMBlock"), problems)
+    if cidr is None:
+        return Block((), (), tuple(problems))
+    for ordinal, node in _allocated(item, spec, cidr, problems):
+        by_node.setdefault(sys.intern(node), []).append(ordinal)
+    return Block((cidr,), tuple((node, tuple(ordinals)) for node, ordinals in by_node.items()), tuple(problems))
+
+
 def _allocated(item, spec, cidr, problems):
-    """``(address, node)`` of what is allocated in a block and has a node.
+    """``(ordinal, node)`` of what is allocated in a block and has a node.
 
     ``allocations`` has an entry for each address of the block: null, or the place of what is known of it in ``attributes``. What has no
     node is reserved for Windows, released a moment ago, or the address of a service.
@@ -187,10 +220,10 @@ def _allocated(item, spec, cidr, problems):
             continue
         node = _dict(_dict(attributes[place]).get("secondary")).get("node")
         if isinstance(node, str):
-            yield str(network.network_address + ordinal), node
+            yield ordinal, node
 
 
-def calico_prefixes(objects, nodes, node_addresses, merge=merged_prefixes):
+def calico_prefixes(found, nodes, node_addresses, merge=merged_prefixes):
     """``(prefixes, warnings)`` of Calico's IPAM: the blocks of each node, and what it borrows from others' as a /32 or /128.
 
     An address that is borrowed lies in the block of another node and is more specific than that, for routes as for WireGuard, so it is
@@ -198,18 +231,18 @@ def calico_prefixes(objects, nodes, node_addresses, merge=merged_prefixes):
     and the like) is no pod's, but where it lies in the block of another node it is taken out of that as well: it is not that node's.
     """
     problems, prefixes = [], {}
-    owners = _block_owners(objects["BlockAffinity"], problems)
+    owners = _block_owners(found["BlockAffinity"], problems)
     borrowed = {}
-    for item in objects["IPAMBlock"]:
-        spec = _dict(item.get("spec"))
-        if spec.get("deleted") in (True, "true"):
-            continue
-        cidr = _cidr(spec, _named(item, "IPAMBlock"), problems)
-        if cidr is None:
-            continue
-        for address, node in _allocated(item, spec, cidr, problems):
-            if node != owners.get(cidr) and node in nodes and address not in node_addresses:
-                borrowed[host_cidr(address)] = node
+    for block in found["IPAMBlock"]:
+        problems += block.problems
+        for cidr in block.values:
+            first = ipaddress.ip_network(cidr).network_address
+            for node, ordinals in block.allocated:
+                if node == owners.get(cidr) or node not in nodes:
+                    continue
+                for address in (str(first + ordinal) for ordinal in ordinals):
+                    if address not in node_addresses:
+                        borrowed[host_cidr(address)] = node
     if problems:
         raise joined_error("Calico's IPAM objects cannot be used, nothing was changed", problems)
     for cidr, node in owners.items():
@@ -238,26 +271,35 @@ def _cilium_texts(item):
     return cidrs, addresses
 
 
-def cilium_prefixes(objects, nodes, node_addresses, merge=merged_prefixes):
+CiliumNode = collections.namedtuple("CiliumNode", "node values problems")
+
+
+def reduce_cilium_node(item):
+    """`CiliumNode` of an object; None for one without a name."""
+    node = _dict(item.get("metadata")).get("name")
+    if not isinstance(node, str):
+        return None
+    texts, problems = [], []
+    cidrs, addresses = _cilium_texts(item)
+    for values, function in ((cidrs, canonical_cidr), (addresses, canonical_address)):
+        for value in values:
+            try:
+                texts.append(function(value))
+            except MeshError as exc:
+                problems.append("%s: %s; see what the Cilium operator says of it" % (_named(item, "CiliumNode"), exc))
+    return CiliumNode(sys.intern(node), tuple(texts), tuple(problems))
+
+
+def cilium_prefixes(found, nodes, node_addresses, merge=merged_prefixes):
     """``(prefixes, warnings)`` of CiliumNodes: pod CIDRs and CIDRs of pools, and with a cloud's IPAM the addresses of its devices."""
     problems, prefixes = [], {}
-    for item in objects["CiliumNode"]:
-        node = _known_node(_dict(item.get("metadata")).get("name"), nodes)
-        if node is None:
+    for one in found["CiliumNode"]:
+        if _known_node(one.node, nodes) is None:
             continue
-        texts = []
-        cidrs, addresses = _cilium_texts(item)
-        for values, function in ((cidrs, canonical_cidr), (addresses, canonical_address)):
-            for value in values:
-                try:
-                    text = function(value)
-                except MeshError as exc:
-                    problems.append("CiliumNode %s: %s; see what the Cilium operator says of it" % (node, exc))
-                    continue
-                if text not in node_addresses:
-                    texts.append(text)
+        problems += one.problems
+        texts = [text for text in one.values if text not in node_addresses]
         if texts:
-            prefixes[node] = merge(texts)
+            prefixes[one.node] = merge(texts)
     if problems:
         raise joined_error("the CiliumNode objects cannot be used, nothing was changed", problems)
     return prefixes, []
@@ -265,7 +307,13 @@ def cilium_prefixes(objects, nodes, node_addresses, merge=merged_prefixes):
 
 # --- all of them ---------------------------------------------------------------------------------------------------------------------
 
+REDUCERS = {"Pod": reduce_pod, "BlockAffinity": reduce_affinity, "IPAMBlock": reduce_block, "CiliumNode": reduce_cilium_node}
 _READERS = {"pods": pod_prefixes, "calico_ipam": calico_prefixes, "cilium": cilium_prefixes}
+
+
+def reduced_all(objects):
+    """*Found* of parsed objects by kind."""
+    return {kind: [one for one in map(REDUCERS[kind], items) if one is not None] for kind, items in objects.items()}
 
 
 def with_pod_source(candidates, source, objects, merge=merged_prefixes):
@@ -276,13 +324,20 @@ def with_pod_source(candidates, source, objects, merge=merged_prefixes):
     """
     if source == NODE_CIDRS:
         return candidates, []
+    kinds = {}
     for resource in RESOURCES[source]:
+        kinds[resource.kind] = objects[resource.kind]
         wrong = [item for item in objects[resource.kind] if not isinstance(item, dict) or item.get("kind") not in (None, resource.kind)]
         if wrong:
             raise MeshError("pod_source %s: the list of %s holds something else: %s" % (source, resource.plural, shown(wrong[0])))
+    return with_found(candidates, source, reduced_all(kinds), merge)
+
+
+def with_found(candidates, source, found, merge=merged_prefixes):
+    """`with_pod_source` for objects that were reduced."""
     nodes = {candidate["name"] for candidate in candidates}
     node_addresses = {address for candidate in candidates for address in candidate["node_addresses"]}
-    prefixes, warnings = _READERS[source](objects, nodes, node_addresses, merge)
+    prefixes, warnings = _READERS[source](found, nodes, node_addresses, merge)
     check_numbers(source, prefixes)
     return [dict(candidate, pod_cidrs=prefixes.get(candidate["name"], [])) for candidate in candidates], warnings
 

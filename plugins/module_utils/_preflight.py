@@ -201,7 +201,7 @@ def data_path_findings(facts, settings):
         if follows:
             yield finding(
                 "warning", "pod CIDRs", node, "pods of this node have addresses that are not (yet) in what mesh_pod_source found: %s: "
-                "until they are, peers drop what these pods send through the mesh" % prefixes,
+                "until they are, these pods reach those of other nodes in clear, and with mesh_strict not at all" % prefixes,
                 "if they are new, run the playbook reconcile; else see whether %s is the right mesh_pod_source" % settings["pod_source"],
                 outside[0]["prefix"])
             return
@@ -217,8 +217,8 @@ def data_path_findings(facts, settings):
             "Calico's IPAM gives pods addresses from blocks that come and go, whatever the Node object says%s: peers drop packets of pods "
             "outside of the pod CIDRs of the mesh" % ("; those in use now are in the pod CIDRs" if inside else ""),
             "use Calico's own WireGuard (wireguardEnabled: true in the FelixConfiguration), which follows the blocks; or mesh_pod_source: "
-            "calico_ipam, which has to follow them by runs of reconcile; or host-local IPAM with the pod CIDRs of the nodes (subnet: "
-            "usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs", "calico-ipam")
+            "calico_ipam, which has to follow them by agents or runs of reconcile; or host-local IPAM with the pod CIDRs of the nodes "
+            "(subnet: usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs", "calico-ipam")
 
 
 def pods_outside(pod_routes, pod_cidrs):

@@ -11,7 +11,8 @@ Pure: standard library only, no I/O, no clock, Python 3.8 and newer.
 
 A *route* is ``{"family", "table": int, "dst": CIDR text, "dev": device or "", "type": "unicast"|"unreachable"|"throw", "src": address
 or "", "mtu": bytes or 0, "peer": node name or ""}``; its identity is (table, dst). A *rule* is ``{"family", "priority": int, "table": int,
-"from": CIDR text or "", "not_fwmark": mark or 0}``; all of it is its identity. A *state* is ``{"routes": [...], "rules": [...]}``.
+"from": CIDR text or "", "iif": incoming device or "", "not_fwmark": mark or 0}``; all of it is its identity. A *state* is ``{"routes":
+[...], "rules": [...]}``.
 
 A table is complete before a rule points to it, and is emptied only after no rule does: so every prefix of a plan is safe, and what
 moves the traffic of a node is one rule (invariant I1).
@@ -36,6 +37,9 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
 # The order of the rules from the first priority on: pods' prefixes for everyone, node addresses for what comes from local pods,
 # node addresses for everyone (host encryption).
 PRIORITY_PODS, PRIORITY_FROM_PODS, PRIORITY_NODES = 0, 1, 2
+# Those that look at where packets come from. The kernel takes what a request leaves out for "any", and would delete another rule than was
+# meant or refuse one that is new: so of each priority and table there is one kind of rule. No destination is in both tables.
+PRIORITY_PODS_IIF, PRIORITY_PODS_FROM_PODS, PRIORITY_NODES_IIF = 1, 2, 0
 PRIORITIES = 3
 
 
@@ -44,7 +48,8 @@ def wanted_state(doc, node, settings, proven, present):
 
     :param doc: mesh document.
     :param settings: {"interface": device name, "table": int, "rule_priority": int, "fwmark": int, "encrypt": "pods"|"nodes",
-        "send": bool: whether the rules are wanted, "unproven": "keep"|"drop", "exempt_cidrs": [CIDRs: node addresses that stay outside]}.
+        "send": bool: whether the rules are wanted, "unproven": "keep"|"drop", "exempt_cidrs": [CIDRs: node addresses that stay outside],
+        "iifs", "own_cidrs": see `wanted_rules`}.
     :param proven: set of peer names that were reached through the tunnel, or None for every peer.
     :param present: the routes that are there now with their peers (from the file that restores them), for "keep": a peer that is not
         proven keeps the routes it has, because it may only be away (invariant I4).
@@ -114,17 +119,29 @@ def families_of(doc, node):
 
 
 def wanted_rules(doc, node, settings):
-    """The policy rules of a node that sends, in the order of their priorities."""
+    """The policy rules of a node that sends, in the order of their priorities.
+
+    ``settings["iifs"]``: empty for rules that steer packets whatever their source; else devices (``lo`` is the node itself), and only what
+    comes in there or from the node's own prefixes is steered. What a pod sends that is in no prefix yet takes the CNI's way then: no peer
+    would accept it from the tunnel. ``settings["own_cidrs"]``: the prefixes that the node sends from, None for all of the document.
+    """
     rules = []
-    base, table = settings["rule_priority"], settings["table"]
+    base, table, iifs = settings["rule_priority"], settings["table"], settings["iifs"]
+    own = local_pod_cidrs(doc, node) if settings["own_cidrs"] is None else settings["own_cidrs"]
+
+    def add(family, place, number, source="", iif="", not_fwmark=0):
+        rules.append({"family": family, "priority": base + place, "table": number, "from": source, "iif": iif, "not_fwmark": not_fwmark})
+
     for family in sorted(families_of(doc, node)):
-        rules.append({"family": family, "priority": base + PRIORITY_PODS, "table": table, "from": "", "not_fwmark": 0})
-        for cidr in local_pod_cidrs(doc, node):
-            if family_of(cidr) == family:
-                rules.append({"family": family, "priority": base + PRIORITY_FROM_PODS, "table": table + 1, "from": cidr, "not_fwmark": 0})
-        if settings["encrypt"] == "nodes":
-            rules.append({
-                "family": family, "priority": base + PRIORITY_NODES, "table": table + 1, "from": "", "not_fwmark": settings["fwmark"]})
+        cidrs = [cidr for cidr in own if family_of(cidr) == family]
+        for iif in iifs or [""]:
+            add(family, PRIORITY_PODS_IIF if iif else PRIORITY_PODS, table, iif=iif)
+            if settings["encrypt"] == "nodes":
+                add(family, PRIORITY_NODES_IIF if iif else PRIORITY_NODES, table + 1, iif=iif, not_fwmark=settings["fwmark"])
+        for cidr in cidrs:
+            if iifs:
+                add(family, PRIORITY_PODS_FROM_PODS, table, cidr)
+            add(family, PRIORITY_FROM_PODS, table + 1, cidr)
     return sorted(rules, key=rule_order)
 
 
@@ -135,8 +152,8 @@ def route_order(route):
 
 
 def rule_order(rule):
-    """Sort key of rules: priority first, as the kernel looks at them."""
-    return (rule["priority"], rule["family"], rule["from"], rule["not_fwmark"], rule["table"])
+    """Sort key of rules: priority first, as the kernel looks at them; devices, which are few, before prefixes of pods."""
+    return (rule["priority"], rule["family"], not rule["iif"], rule["iif"], rule["from"], rule["not_fwmark"], rule["table"])
 
 
 def same_route(one, other):
@@ -191,7 +208,7 @@ def moved_destinations(current, wanted):
     def steered(state):
         tables = {}
         for rule in state["rules"]:
-            tables.setdefault((rule["family"], rule["table"]), set()).add((rule["from"], rule["not_fwmark"]))
+            tables.setdefault((rule["family"], rule["table"]), set()).add((rule["from"], rule["iif"], rule["not_fwmark"]))
         found = {}
         for route in state["routes"]:
             selectors = tables.get((route["family"], route["table"]))
@@ -215,9 +232,16 @@ def route_text(route):
 
 
 def rule_text(rule):
-    """One rule as ``ip rule`` would take it."""
+    """One rule as ``ip rule`` would take it.
+
+    ``not`` is for all of a rule. Where there is a device as well, the bits of the mark are wanted to be 0 instead.
+    """
     parts = ["priority", str(rule["priority"])]
-    if rule["not_fwmark"]:
+    if rule["iif"]:
+        parts += ["from", "all", "iif", rule["iif"]]
+        if rule["not_fwmark"]:
+            parts += ["fwmark", "0x0/0x%x" % rule["not_fwmark"]]
+    elif rule["not_fwmark"]:
         parts += ["not", "from", "all", "fwmark", "0x%x/0x%x" % (rule["not_fwmark"], rule["not_fwmark"])]
     else:
         parts += ["from", rule["from"] or "all"]
@@ -273,20 +297,24 @@ def rule_from_ip(item, family):
         # The kernel keeps host bits in a rule of somebody's.
         prefix = ipaddress.ip_interface("%s/%s" % (item["src"], item.get("srclen", 32 if family == "ipv4" else 128)))
         source, host_bits = str(prefix.network), prefix.ip != prefix.network.network_address
-    inverted = "not" in item
+    inverted, iif = "not" in item, str(item.get("iif", ""))
     marked = "fwmark" in item or "fwmask" in item
     mark = int(str(item.get("fwmark", "0")), 0)
     mask = int(str(item.get("fwmask", "0xffffffff")), 0)
-    ours = {"priority", "src", "srclen", "table", "not", "fwmark", "fwmask", "protocol"}
+    # iif_detached: that device is not there now.
+    ours = {"priority", "src", "srclen", "table", "not", "fwmark", "fwmask", "protocol", "iif", "iif_detached"}
+    of_device = not inverted and not source and mark == 0
+    of_others = inverted == marked and not (inverted and (mark != mask or source))
     return {
         "family": family,
         "priority": int(item.get("priority", 0)),
         "table": int(table),
         "from": source,
-        "not_fwmark": mark if inverted else 0,
-        # Ours look at a prefix, or they are "not" a mark that is its own mask; anything else (iif, suppressors, a prefix that is inverted)
-        # makes it another rule.
-        "foreign": bool(set(item) - ours) or host_bits or inverted != marked or (inverted and (mark != mask or bool(source))),
+        "iif": iif,
+        "not_fwmark": mark if inverted else mask if iif and marked else 0,
+        # Ours look at a prefix, or they are "not" a mark that is its own mask, or look at a device, perhaps without a mark; anything else
+        # (suppressors, a prefix that is inverted) makes it another rule.
+        "foreign": bool(set(item) - ours) or host_bits or not (of_device if iif else of_others),
     }
 
 
@@ -346,7 +374,6 @@ def rules_of_batch(text, family):
         words = line.split()
         if words[:2] != ["rule", "add"]:
             continue
-        inverted = "not" in words
         options = dict(zip(words[2:], words[3:]))
         try:
             rules.append({
@@ -354,9 +381,10 @@ def rules_of_batch(text, family):
                 "priority": int(options["priority"]),
                 "table": int(options["lookup"]),
                 "from": "" if options["from"] == "all" else str(ipaddress.ip_network(options["from"])),
-                "not_fwmark": int(options["fwmark"].split("/")[0], 16) if inverted else 0,
+                "iif": options.get("iif", ""),
+                "not_fwmark": int(options["fwmark"].split("/")[1], 16) if "fwmark" in options else 0,
             })
-        except (KeyError, ValueError):
+        except (KeyError, IndexError, ValueError):
             continue
     return rules
 

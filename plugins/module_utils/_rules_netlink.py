@@ -37,7 +37,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan im
 RTM_NEWRULE, RTM_DELRULE = 32, 33
 FR_ACT_TO_TBL = 1
 FIB_RULE_INVERT = 0x2
-FRA_SRC, FRA_PRIORITY, FRA_FWMARK, FRA_TABLE, FRA_FWMASK = 2, 6, 10, 15, 16
+FRA_SRC, FRA_IIFNAME, FRA_PRIORITY, FRA_FWMARK, FRA_TABLE, FRA_FWMASK = 2, 3, 6, 10, 15, 16
 FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 
 
@@ -48,13 +48,15 @@ def rule_message(step, sequence):
     header = struct.pack(
         "=BBBBBBBBI", FAMILIES[rule["family"]], 0, source.prefixlen if source else 0, 0,
         # Tables above 255 do not fit into the header; the attribute counts for all.
-        0, 0, 0, FR_ACT_TO_TBL, FIB_RULE_INVERT if rule["not_fwmark"] else 0)
+        0, 0, 0, FR_ACT_TO_TBL, FIB_RULE_INVERT if rule["not_fwmark"] and not rule["iif"] else 0)
     parts = [attribute(FRA_PRIORITY, struct.pack("=I", rule["priority"]))]
     if source:
         parts.append(attribute(FRA_SRC, source.network_address.packed))
+    if rule["iif"]:
+        parts.append(attribute(FRA_IIFNAME, rule["iif"].encode("ascii") + b"\0"))
     if rule["not_fwmark"]:
-        mark = struct.pack("=I", rule["not_fwmark"])
-        parts += [attribute(FRA_FWMARK, mark), attribute(FRA_FWMASK, mark)]
+        mask = struct.pack("=I", rule["not_fwmark"])
+        parts += [attribute(FRA_FWMARK, struct.pack("=I", 0) if rule["iif"] else mask), attribute(FRA_FWMASK, mask)]
     parts.append(attribute(FRA_TABLE, struct.pack("=I", rule["table"])))
     flags = NLM_F_REQUEST | NLM_F_ACK | (NLM_F_CREATE | NLM_F_EXCL if adds else 0)
     body = header + b"".join(parts)

@@ -36,6 +36,9 @@ def steered(routes_state, local_cidrs, node_families):
     pods, nodes, sources = set(), set(), set()
     tables = sorted({rule["table"] for rule in routes_state["rules"]})
     for rule in routes_state["rules"]:
+        # Of those that look at devices, the node's own stands for all.
+        if rule["iif"] not in ("", "lo"):
+            continue
         if rule["not_fwmark"]:
             nodes.add(rule["family"])
         elif rule["from"]:
@@ -44,7 +47,8 @@ def steered(routes_state, local_cidrs, node_families):
             pods.add(rule["family"])
     for family in node_families:
         own = {cidr for cidr in local_cidrs if family_of(cidr) == family}
-        if own and own <= sources:
+        # Where rules look at devices, the node sends from a prefix some time after it is known.
+        if own and (own <= sources or (sources and any(rule["iif"] for rule in routes_state["rules"]))):
             nodes.add(family)
     return {"pods": pods & node_families, "nodes": nodes & node_families}
 

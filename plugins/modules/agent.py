@@ -103,6 +103,17 @@ options:
     type: list
     elements: str
     default: []
+  pod_source:
+    description:
+      - Where the addresses of pods come from, as for M(kubemesh.wireguard.peers). With anything but V(node_cidrs) the agent follows Pods,
+        or Calico's or Cilium's objects as well, and its account needs the right to list and watch them.
+    type: str
+    choices:
+      - node_cidrs
+      - pods
+      - calico_ipam
+      - cilium
+    default: node_cidrs
   exclude_nodes:
     description:
       - Nodes that are not to be part of the mesh.
@@ -172,7 +183,7 @@ def configuration(params):
     if token is not None and (not token.isascii() or not token.isprintable() or " " in token or len(token) > _kube_api.TOKEN_MAX):
         raise MeshError("token: this is no bearer token: it has blanks, line ends or other characters that none has")
     own = ("node", "server", "ca_file", "interface", "table", "rule_priority", "fwmark", "exempt_cidrs", "exclude_nodes", "service_cidrs",
-           "grace")
+           "grace", "pod_source")
     config = {name: params[name] for name in own}
     config.update({
         "token_file": params["token_file"] or _agent_install.TOKEN_FILE, "document_file": "/etc/kubemesh/mesh.json",
@@ -236,6 +247,7 @@ def main():
             "rule_priority": {"type": "int", "default": 400},
             "fwmark": {"type": "int", "default": 4096},
             "exempt_cidrs": {"type": "list", "elements": "str", "default": []},
+            "pod_source": {"type": "str", "choices": ["node_cidrs", "pods", "calico_ipam", "cilium"], "default": "node_cidrs"},
             "exclude_nodes": {"type": "list", "elements": "str", "default": []},
             "service_cidrs": {"type": "list", "elements": "str", "default": []},
         },

@@ -108,6 +108,19 @@ options:
       - pods
       - nodes
     default: pods
+  sources:
+    description:
+      - Whose packets the rules steer. V(all) is everybody's, whatever the source.
+      - V(known) leaves those to the way of the CNI that come from pods of this node whose addresses are in no prefix of the mesh document
+        yet. No peer would accept them from the tunnel. What comes from this host, from its prefixes in the document, and from other hosts
+        by the devices of its addresses is steered.
+      - For clusters where prefixes follow the pods and pods may be reached outside the tunnel. With M(kubemesh.wireguard.guard) take
+        V(all).
+    type: str
+    choices:
+      - all
+      - known
+    default: all
   confirm_timeout:
     description:
       - Seconds after which this node by itself takes a change of its rules back that touches what goes from node to node, unless the
@@ -162,6 +175,12 @@ EXAMPLES = r"""
     send: true
     encrypt: nodes
     confirm: true
+
+- name: Send through the mesh, but what comes from pods that are not known yet
+  kubemesh.wireguard.routes:
+    node: worker-1
+    send: true
+    sources: known
 
 - name: Back to the way of the CNI, nothing left behind
   kubemesh.wireguard.routes:
@@ -220,6 +239,8 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _confirm
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._fib_split import split_local_table
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._interface import underlay_devices
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, local_pod_cidrs, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import SYSCTL_FILE
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._probe import proven_names, read_proof
@@ -254,19 +275,29 @@ def proven_peers(params, doc, check_mode):
     return proven
 
 
-def wanted_of(params, stored, check_mode):
+def wanted_of(system, params, stored, check_mode):
     """(wanted state, document or None, proven peers or None) for the arguments of a task."""
     if params["state"] == "absent":
         return {"routes": [], "rules": []}, None, None
     if not params["node"]:
         raise MeshError("node: the name of this host in the mesh document is needed for state=present")
     names = ("interface", "table", "rule_priority", "fwmark", "encrypt", "send", "unproven", "exempt_cidrs")
-    settings = {key: params[key] for key in names}
+    settings = dict({key: params[key] for key in names}, iifs=[], own_cidrs=None)
     plan.check_settings(settings)
     doc = read_document(params["document_file"])
-    node_entry(doc, params["node"])
+    entry = node_entry(doc, params["node"])
+    if params["sources"] == "known":
+        settings["iifs"] = incoming_devices(system, doc, entry, params)
     proven = proven_peers(params, doc, check_mode)
     return plan.wanted_state(doc, params["node"], settings, proven, stored), doc, proven
+
+
+def incoming_devices(system, doc, entry, params):
+    """Devices by which packets come in that are no pod's: the node itself, those of its addresses and to its peers, and the mesh's."""
+    endpoints = [endpoint["address"] for name, other in doc["nodes"].items() if name != params["node"]
+                 for endpoint in other["endpoints"].values()]
+    underlay = underlay_devices(system, entry["node_addresses"], endpoints, params["interface"], params["fwmark"])
+    return ["lo"] + underlay + list(generations_of(params["interface"]))
 
 
 def step_text(step):
@@ -305,6 +336,7 @@ def main():
             "rule_priority": {"type": "int", "default": 400},
             "fwmark": {"type": "int", "default": 4096},
             "encrypt": {"type": "str", "choices": ["pods", "nodes"], "default": "pods"},
+            "sources": {"type": "str", "choices": ["all", "known"], "default": "all"},
             "confirm_timeout": {"type": "int", "default": 0},
             "confirm": {"type": "bool", "default": False},
             "exempt_cidrs": {"type": "list", "elements": "str", "default": []},
@@ -336,7 +368,7 @@ def converge(module, system, known):
             raise MeshError("encrypt: this node was not confirmed within mesh_confirm_timeout and took its rules back; what happened to "
                             "the way by which it is administered? It sends as it did before this run")
     stored = live.stored_routes()
-    wanted, doc, proven = wanted_of(params, stored, module.check_mode)
+    wanted, doc, proven = wanted_of(system, params, stored, module.check_mode)
     steps = plan.plan_routes(current, wanted)
     boot = wanted if params["persist"] else {"routes": [], "rules": []}
     armed = bool(params["confirm_timeout"]) and _confirm.must_be_armed(steps)

@@ -39,6 +39,12 @@ def main_pid():
     return os.getpid() if parent is None else parent.pid
 
 
+def main_is_dead():
+    """Whether this is a worker whose main process has died: workers are not killed with it, as they have sessions of their own."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and os.getppid() != parent.pid
+
+
 def controller_identity(pid=None):
     """``{"host", "boot_id", "namespaces", "pid", "started_ticks"}`` of the run that this process belongs to.
 

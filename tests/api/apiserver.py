@@ -180,9 +180,9 @@ class Store:
     def of(self, resource):
         return self.objects.setdefault(resource, {})
 
-    def _record(self, resource, kind, obj):
-        line = json.dumps({"type": kind, "object": typed(resource, obj)}, separators=(",", ":")).encode() + b"\n"
-        self.history.setdefault(resource, collections.deque(maxlen=100000)).append((self.version, kind, obj, line))
+    def _record(self, resource, kind, obj, before=None):
+        self.history.setdefault(resource, collections.deque(maxlen=100000)).append(
+            (self.version, kind, obj, event_line(resource, kind, obj), before))
         self.changed.notify_all()
 
     def put(self, resource, obj, *, create=None, dry_run=False):
@@ -215,7 +215,7 @@ class Store:
             if dry_run:
                 return obj
             self.of(resource)[name] = obj
-            self._record(resource, "ADDED" if existing is None else "MODIFIED", obj)
+            self._record(resource, "ADDED" if existing is None else "MODIFIED", obj, existing)
             return obj
 
     def get(self, resource, name, namespace=None):
@@ -262,17 +262,24 @@ class Store:
     def since(self, resource, version, query):
         """Lines of the events after ``version`` and the version they lead to; call it with ``changed`` held."""
         lines = []
-        for number, kind, obj, line in reversed(self.history.get(resource, ())):
+        for number, kind, obj, line, before in reversed(self.history.get(resource, ())):
             if number <= version:
                 break
-            if query.fits(obj):
-                lines.append((kind, line))
+            fits, fitted = query.fits(obj), before is not None and query.fits(before)
+            # Who selects is told that an object is gone when it fits no more, and that it is new when it begins to fit.
+            seen = "DELETED" if fitted and not fits else "ADDED" if kind == "MODIFIED" and fits and not fitted else kind
+            if fits or fitted:
+                lines.append((seen, line if seen == kind else event_line(resource, seen, obj)))
         return [line for dummy, line in reversed(lines)], self.version
 
 
 def typed(resource, obj):
     prefix = resource.prefix.split("/", 1)[1]
     return dict({"kind": resource.kind, "apiVersion": prefix}, **obj)
+
+
+def event_line(resource, kind, obj):
+    return json.dumps({"type": kind, "object": typed(resource, obj)}, separators=(",", ":")).encode() + b"\n"
 
 
 def not_found(resource, name):

@@ -97,6 +97,17 @@ def test_watch_without_version_begins_with_everything(api):
     assert event(stream)["object"]["metadata"]["name"] == "w2"
 
 
+def test_an_object_that_fits_no_more_is_gone_for_who_selects(api):
+    client = Client(api)
+    api.apply("pods", apiserver.pod("p", "w1", ["10.0.0.1"]))
+    version = client.ask("/api/v1/pods")[1]["metadata"]["resourceVersion"]
+    stream = client.watch("/api/v1/pods?watch=1&resourceVersion=%s&fieldSelector=status.phase%%21%%3DSucceeded" % version)
+    for phase in ("Running", "Succeeded", "Succeeded", "Running"):
+        api.apply("pods", apiserver.pod("p", "w1", ["10.0.0.1"], phase=phase))
+    assert [(found["type"], found["object"]["status"]["phase"]) for found in (event(stream), event(stream), event(stream))] == [
+        ("MODIFIED", "Running"), ("DELETED", "Succeeded"), ("ADDED", "Running")]
+
+
 def test_compaction_is_gone_in_the_stream(api):
     client = Client(api)
     version = client.ask(NODES)[1]["metadata"]["resourceVersion"]

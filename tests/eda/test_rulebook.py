@@ -12,8 +12,6 @@ import json
 import os
 import queue
 import re
-import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -25,12 +23,12 @@ pytest.importorskip("ansible_rulebook")
 
 ROOT = Path(__file__).resolve().parents[2]
 RULEBOOKS = ROOT / "extensions" / "eda" / "rulebooks"
-sys.path.insert(0, str(ROOT / "tests" / "api"))
+sys.path[:0] = [str(ROOT / "tests" / "api"), str(ROOT / "tests" / "eda")]
 import apiserver
+from ansible_rulebook.validators import Validate
+from rulebooks import PATIENCE, Rulebook, program
 
 TOKEN = "s3cr3t-t0ken"
-# Seconds after which a test gives up: Java alone takes 20 to start on a busy machine. Nothing is judged by time.
-PATIENCE = 240
 
 
 def node(number):
@@ -44,28 +42,6 @@ def api(tmp_path):
         for number in (1, 2):
             server.apply("nodes", node(number))
         yield server
-
-
-class Rulebook:
-    """ansible-rulebook while it runs. ``until`` reads on in its output up to a line that has a text, and returns what it read."""
-
-    def __init__(self, process):
-        self.process, self.lines, self.output = process, queue.Queue(), ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def until(self, text):
-        read = []
-        while not read or text not in read[-1]:
-            line = self.lines.get(timeout=PATIENCE)
-            assert line is not None, "ansible-rulebook ended before it said %r:\n%s" % (text, self.output)
-            read.append(line)
-            self.output += line
-        return "".join(read)
 
 
 @pytest.fixture
@@ -85,19 +61,12 @@ def rulebook(api, tmp_path):
     started = []
 
     def start(name, *options):
-        process = subprocess.Popen(
-            [os.path.join(os.path.dirname(sys.executable), "ansible-rulebook"), "-r", str(name), "-i", str(inventory), *map(str, options)],
-            env=env, cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        started.append(Rulebook(process))
+        started.append(Rulebook([program(), "-r", name, "-i", inventory, *options], env, tmp_path))
         return started[-1]
 
     yield start
     for each in started:
-        each.process.send_signal(signal.SIGTERM)
-        try:
-            each.process.wait(PATIENCE)
-        finally:
-            each.process.kill()
+        each.stop()
         assert TOKEN not in each.output
 
 
@@ -186,6 +155,8 @@ def test_a_job_is_launched(api, rulebook):
 
 
 @pytest.mark.parametrize("path", sorted(RULEBOOKS.glob("*.yml")), ids=lambda path: path.stem)
-def test_one_after_the_other(path):
-    for ruleset in yaml.safe_load(path.read_text(encoding="utf-8")):
+def test_valid_and_one_after_the_other(path):
+    rulesets = yaml.safe_load(path.read_text(encoding="utf-8"))
+    Validate.rulebook(rulesets)
+    for ruleset in rulesets:
         assert ruleset["execution_strategy"] == "sequential"

@@ -227,6 +227,19 @@ def all_encrypted(found):
     return states(found) == {node: dict.fromkeys([peer for peer in found if peer != node], "encrypted") for node in found}
 
 
+# A script that makes a node one that was installed anew: no key, no document, no device.
+INSTALLED_ANEW = """
+device=$(wg show interfaces)
+systemctl disable --now kubemesh-routes "wg-quick@$device"
+systemctl stop "kubemesh-userspace@$device"
+for family in -4 -6; do
+    for priority in 400 401; do while ip $family rule del pref $priority 2>/dev/null; do :; done; done
+done
+rm -rf /etc/kubemesh /etc/wireguard/* /run/kubemesh
+true
+"""
+
+
 def made(name, **options):
     """A lab that is up; one of the same name that was left over is removed first."""
     lab = labs.Lab(name)

@@ -17,6 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from harness import (
+    INSTALLED_ANEW,
     Watched,
     all_encrypted,
     assert_encrypted,
@@ -233,18 +234,6 @@ def test_a_node_that_joins_disturbs_nobody(lab):
     assert go_on(before, sessions(lab, "node-1"))
     assert all_encrypted(infos(lab))
     assert_encrypted(lab)
-
-
-INSTALLED_ANEW = """
-device=$(wg show interfaces)
-systemctl disable --now kubemesh-routes "wg-quick@$device"
-systemctl stop "kubemesh-userspace@$device"
-for family in -4 -6; do
-    for priority in 400 401; do while ip $family rule del pref $priority 2>/dev/null; do :; done; done
-done
-rm -rf /etc/kubemesh /etc/wireguard/* /run/kubemesh
-true
-"""
 
 
 def test_a_node_that_left_is_forgotten_by_all_others(lab):

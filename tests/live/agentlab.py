@@ -40,12 +40,15 @@ class AgentLab:
     """``hosts``: all nodes; ``members``: those of the first document. The others have a device with a key, and no peers. A context manager.
 
     ``grace`` in seconds; ``encrypt`` as the variable mesh_encrypt; ``strict``: settings of the guard that every node has, beside the usual
-    ones, or None.
+    ones, or None. ``pod_source``: as `_pods.SOURCES`; with any but node_cidrs a node has the ``prefixes`` of the first document, its Node
+    none, and its rules steer by known sources.
     """
 
-    def __init__(self, folder, hosts, members=None, grace=1, encrypt="pods", strict=None):
+    def __init__(self, folder, hosts, members=None, grace=1, encrypt="pods", strict=None, pod_source="node_cidrs", prefixes=None):
         self.folder, self.hosts, self.grace = Path(folder), list(hosts), grace
         self.encrypt, self.strict = encrypt, strict
+        self.pod_source, self.prefixes = pod_source, prefixes or {}
+        self.pods = {}
         self.members = list(members or hosts)
         self.net = netlab.Net([*self.hosts, API])
         self.keys = {host: netlab.new_key() for host in self.hosts}
@@ -82,8 +85,9 @@ class AgentLab:
 
     def node(self, host, key=None, cidrs=None, annotations=None, **more):
         """The Node object of a host, with its key as annotation."""
-        return apiserver.node(host, [self.cidr(host)] if cidrs is None else cidrs, [self.net.address(host)],
-                              annotations or {KEY: key or self.keys[host][1]}, **more)
+        if cidrs is None:
+            cidrs = [self.cidr(host)] if self.pod_source == "node_cidrs" else []
+        return apiserver.node(host, cidrs, [self.net.address(host)], annotations or {KEY: key or self.keys[host][1]}, **more)
 
     def document(self, serial=1):
         nodes = {}
@@ -92,7 +96,7 @@ class AgentLab:
             nodes[host] = {
                 "state": "member", "reason": "", "uid": self.api.get("nodes", host)["metadata"]["uid"], "public_keys": {"0": public},
                 "endpoints": {"ipv4": {"address": self.net.address(host), "port": None}},
-                "pod_cidrs": [self.cidr(host)], "node_addresses": [self.net.address(host)],
+                "pod_cidrs": self.prefixes.get(host, [self.cidr(host)]), "node_addresses": [self.net.address(host)],
                 "probe_addresses": {"0": _mesh.probe_address(public)}, "mtu": 1420, "keepalive": 0}
         return _mesh.validate_document({
             "schema": 1, "serial": serial, "complete": True, "generation": 0, "ports": {"0": PORT, "1": PORT + 1}, "nodes": nodes})
@@ -143,8 +147,9 @@ class AgentLab:
         self.net.ip(host, "link set %s up" % device)
         # a pod, so that there is something to reach
         self.net.ip(host, "link add pod0 type bridge", "link set pod0 up", "addr add 10.244.%d.1/32 dev pod0" % self.number(host))
-        for name in ("all", "eth0", device):
-            self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % name, 2)
+        for name, value in (("all", 0), ("eth0", 2), (device, 2)):
+            self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % name, value)
+        self.net.sysctl(host, "net/ipv4/ip_forward", 1)
         self.install(host)
 
     def install(self, host, serial=1, **config):
@@ -159,16 +164,45 @@ class AgentLab:
             self.api.delete("nodes", host)
         self.members = own
         (place / "mesh.json").write_bytes(_mesh.document_bytes(document))
-        settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": self.encrypt, "send": True}
+        settings = {"rule_priority": PRIORITY, "table": TABLE, "fwmark": MARK, "encrypt": self.encrypt, "send": True,
+                    "iifs": [], "own_cidrs": None}
+        if self.pod_source != "node_cidrs":
+            settings["iifs"] = ["lo", "eth0", self.devices[host]]
         state = {"rules": _routes_plan.wanted_rules(document, host, settings), "routes": []}
         for family in ("ipv4", "ipv6"):
             (place / "boot" / ("rules-%s.batch" % family)).write_text(_routes_plan.rules_text(state, family))
         (place / "agent.json").write_text(_agent_plan.config_text(dict({
             "node": host, "server": self.api.url, "ca_file": self.api.ca_file, "token_file": str(place / "token"),
             "interface": self.devices[host][:-1], "table": TABLE, "rule_priority": PRIORITY, "fwmark": MARK, "exempt_cidrs": [],
-            "exclude_nodes": [], "service_cidrs": [], "grace": self.grace, "document_file": str(place / "mesh.json"),
+            "exclude_nodes": [], "service_cidrs": [], "pod_source": self.pod_source, "grace": self.grace,
+            "document_file": str(place / "mesh.json"),
             "boot_folder": str(place / "boot"), "lock_file": str(place / "lock" / "lock.json"), "runtime": str(place / "runtime"),
             "state": str(place / "state"), "metrics_file": str(place / "state" / "kubemesh.prom")}, **config)))
+
+    def pod(self, host, address):
+        """A pod of a node with routes to it on all nodes, as many networks have it: a device of its own, strict reverse-path filtering on
+        its host. -> its name, for `in_pod`."""
+        name = "%s-pod%d" % (self.net.tag, len(self.pods))
+        device = "pod%d-%d" % (self.number(host), len(self.pods))
+        self.net._namespace(name)
+        self.pods[address] = name
+        self.net.ip(host, "link add %s type veth peer name eth0 netns %s" % (device, name), "link set %s up" % device,
+                    "addr add 169.254.1.1/32 dev %s" % device, "route add %s/32 dev %s" % (address, device))
+        netlab.run("ip", "-n", name, "-batch", "-", stdin="\n".join((
+            "link set eth0 up", "addr add %s/32 dev eth0" % address, "route add 169.254.1.1 dev eth0 scope link",
+            "route add default via 169.254.1.1")) + "\n")
+        self.net.sysctl(host, "net/ipv4/conf/%s/rp_filter" % device, 1)
+        for other in self.hosts:
+            if other != host:
+                self.net.ip(other, "route add %s/32 via %s" % (address, self.net.address(host)))
+        return name
+
+    def ping(self, source, target):
+        """Whether one answer comes back; ``source``: name of a host, or address of a pod."""
+        where = self.pods.get(source) or self.net.ns(source)
+        # a lost neighbour request must not count
+        return ", 0 received" not in netlab.run(
+            "ip", "netns", "exec", where, "ping", "-q", "-c", "2", "-i", "0.2", "-W", "2", target, check=False)
 
     def guard(self, host, **settings):
         """The guard of a host, as the module of that name leaves it: in the kernel, and in the file for the boot."""

@@ -16,9 +16,12 @@ import pytest
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 
 RULES = [
-    {"family": family, "priority": priority, "table": table, "from": source, "not_fwmark": mark}
+    {"family": family, "priority": priority, "table": table, "from": source, "iif": iif, "not_fwmark": mark}
     for family, pods in (("ipv4", "10.244.1.0/24"), ("ipv6", "fd00:10:244:1::/64"))
-    for priority, table, source, mark in ((400, 51840, "", 0), (401, 51841, pods, 0), (402, 51841, "", 0x1000))
+    for priority, table, source, iif, mark in (
+        (400, 51840, "", "", 0), (401, 51841, pods, "", 0), (402, 51841, "", "", 0x1000),
+        # those of a device that is there and of one that is not
+        (401, 51840, "", "lo", 0), (401, 51840, "", "wgmesh1", 0), (402, 51840, pods, "", 0), (400, 51841, "", "lo", 0x1000))
 ]
 
 # Runs in a network namespace of its own, which ends with it.
@@ -51,6 +54,8 @@ def refused(op):
 result = {"empty": shown()}
 by_us("add_rule")
 result["ours"] = shown()
+read = [plan.rule_from_ip(item, family) for family, text in zip(option, result["ours"]) for item in json.loads(text)]
+result["read"] = [rule for rule in read if rule and rule["table"] in (51840, 51841)]
 result["twice"] = refused("add_rule")
 by_ip("del")
 result["deleted by ip"] = shown()
@@ -69,6 +74,8 @@ def test_rules_are_those_of_ip_rule():
         env=dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)))
     result = json.loads(run.stdout)
     assert result["ours"] == result["theirs"] != result["empty"]
+    wanted = [dict(rule, foreign=False) for rule in RULES]
+    assert len(result["read"]) == len(wanted) and all(rule in wanted for rule in result["read"])
     assert result["deleted by ip"] == result["deleted by us"] == result["empty"]
     assert "priority 400" in result["twice"] and "File exists" in result["twice"]
     assert "No such file" in result["gone"]

@@ -15,6 +15,7 @@ import os
 import re
 import threading
 import typing as t
+from pathlib import Path
 from xml.etree import ElementTree
 
 import prepare
@@ -215,7 +216,8 @@ def changelog(context):
 
 # They wait for answers that do not come, most of the time, so there is room for them beside all that only computes; and for those that do
 # hardly anything else beside the others.
-WAITING = ("test_agent_live.py", "test_apiserver.py", "test_lock_live.py", "test_preflight_live.py", "test_probe_live.py")
+WAITING = ("test_agent_live.py", "test_agent_pods_live.py", "test_apiserver.py", "test_lock_live.py", "test_preflight_live.py",
+           "test_probe_live.py")
 
 
 def live_tests(context, waiting):
@@ -378,11 +380,10 @@ def build(context):
     for venv in venvs:
         env = environment(context, venv, ANSIBLE_COLLECTIONS_PATH=collections)
         context.run([venv / "bin" / "ansible-doc", "--list", "kubemesh.wireguard"], env=env, cwd=context.work)
-        for path in sorted((installed / "plugins" / "modules").glob("*.py")):
-            context.run([venv / "bin" / "ansible-doc", f"kubemesh.wireguard.{path.stem}"], env=env, cwd=context.work)
-        for name in playbooks:
-            command = [venv / "bin" / "ansible-playbook", "--syntax-check", "-i", inventory, f"kubemesh.wireguard.{name}"]
-            context.run(command, env=env, cwd=context.work)
+        modules = sorted(path.stem for path in (installed / "plugins" / "modules").glob("*.py"))
+        context.run([venv / "bin" / "ansible-doc", *(f"kubemesh.wireguard.{name}" for name in modules)], env=env, cwd=context.work)
+        command = [venv / "bin" / "ansible-playbook", "--syntax-check", "-i", inventory]
+        context.run([*command, *(f"kubemesh.wireguard.{name}" for name in playbooks)], env=env, cwd=context.work)
     return Result(remark=f"{archive.name}, {len(playbooks)} playbooks, {len(venvs)} versions of ansible-core")
 
 
@@ -404,7 +405,7 @@ def galaxy_importer(context):
 
 @check("build", timeout=300)
 def execution_environment(context):
-    """What ansible-builder reads from the installed artifact, and that it can make a build context of our definition."""
+    """What ansible-builder reads from the installed artifact, and that it can make build contexts of our definitions."""
     installed = artifact(context)[1]
     builder = tool(context, "ansible-builder")
     context.run([builder, "introspect", installed], env=environment(context), cwd=context.work)
@@ -414,11 +415,12 @@ def execution_environment(context):
         for line in (own / "meta" / name).read_text(encoding="utf-8").splitlines():
             if line and not line.startswith("#") and f"{line}  # from collection kubemesh.wireguard" not in text:
                 raise Failed(f"ansible-builder does not see '{line}' of meta/{name}")
-    target = context.work / "context"
-    source = own / "extensions" / "execution_environment" / "execution-environment.yml"
-    context.run([builder, "create", "--file", source, "--context", target, "--output-filename", "Containerfile"], env=environment(context))
-    if "requirements.yml" not in (target / "Containerfile").read_text(encoding="utf-8"):
-        raise Failed("the build context installs no collections")
+    for source in ("execution_environment/execution-environment.yml", "eda/decision-environment.yml"):
+        target = context.work / Path(source).stem
+        command = [builder, "create", "--file", own / "extensions" / source, "--context", target, "--output-filename", "Containerfile"]
+        context.run(command, env=environment(context))
+        if "requirements.yml" not in (target / "Containerfile").read_text(encoding="utf-8"):
+            raise Failed(f"the build context of {source} installs no collections")
 
 
 # --- Sanity ----------------------------------------------------------------------------------------------------------------------
@@ -480,21 +482,23 @@ def collections_path(context):
 LAB_FILES = {
     "lab-self": ("test_lab_self.py",),
     "lab-runner": ("test_runner.py",),
+    "lab-agent": ("test_agent.py", "test_published_keys.py"),
     "lab-variants": ("test_variants.py",),
     "lab-kill": ("test_kill.py",),
+    "eda-lab": ("test_eda.py",),
     "lab-change": ("test_faults.py", "test_change.py", "test_rotation.py", "test_strict.py"),
 }
 
 
-def lab_tests(context, group):
+def lab_tests(context, group, venv=None):
     """pytest on the lab tests of a group, with the installed artifact as the collection that the playbooks come from. What nodes are asked
-    without Ansible is answered by the modules of the working tree."""
+    without Ansible is answered by the modules of the working tree. C(venv): the environment, that of the gate if none is given."""
     need_root()
     elsewhere = {name for names in LAB_FILES.values() for name in names}
     files = [path for path in test_files("lab")
              if (path.name in LAB_FILES[group] if group in LAB_FILES else path.name not in elsewhere)]
     env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
-    return pytest(context, *files, pythonpath=[artifact(context)[1], TESTS / "lab"], env=env)
+    return pytest(context, *files, venv=venv, pythonpath=[artifact(context)[1], TESTS / "lab"], env=env)
 
 
 @check("lab", timeout=2700, cores=2)
@@ -525,6 +529,12 @@ def lab_change(context):
     return lab_tests(context, "lab-change")
 
 
+@check("lab-agent", timeout=3600, cores=2)
+def lab_agent(context):
+    """Node agents and published keys with an API server: what comes, changes and goes, and what goes wrong, with traffic."""
+    return lab_tests(context, "lab-agent")
+
+
 @check("lab-self", timeout=600, cores=2)
 def lab_self(context):
     """The lab itself: what counts packets sees those that are lost, what looks at the wire sees what is in clear."""
@@ -543,6 +553,13 @@ def rulebook(context):
     venv = once(context, "eda", prepare.venv_eda)
     env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
     return pytest(context, TESTS / "eda" / "test_rulebook.py", venv=venv, env=env)
+
+
+@check("eda", timeout=2700, cores=2, name="eda-lab")
+def eda_lab(context):
+    """ansible-rulebook on hosts with systemd: nodes that join, change, are replaced and leave, over ssh, with traffic."""
+    need_root()
+    return lab_tests(context, "eda-lab", once(context, "eda", prepare.venv_eda))
 
 
 @check("molecule", timeout=600, cores=2)

@@ -72,6 +72,13 @@ def test_the_module_is_told_which_process_asks():
     assert (calls[0]["who"], calls[0]["controller"]) == ("the night shift", {"host": "x"})
 
 
+def test_a_worker_whose_run_is_dead_asks_for_nothing(monkeypatch):
+    """It would write a holder that nobody can find dead: when the main process started is not known any more."""
+    monkeypatch.setattr(_controller, "main_is_dead", lambda: True)
+    with pytest.raises(AnsibleActionFail, match="process of this run .%d. is dead" % OWN["pid"]):
+        run(ARGS, [])
+
+
 def test_the_lock_of_a_dead_run_is_taken_over():
     result, calls = run(ARGS, [taken(dead()), GOT])
     assert result == GOT and [call.get("take_over") for call in calls] == [None, "run-z"]
@@ -135,6 +142,14 @@ def test_nobody_to_wait_for(slept, answer):
     """The next claim takes over what dead runs left."""
     result, calls = gives_back([answer], 60)
     assert slept == [] and len(calls) == 1 and result == answer
+
+
+def test_a_worker_whose_run_dies_waits_no_longer(slept, monkeypatch):
+    answers = iter([False, False, True])
+    monkeypatch.setattr(_controller, "main_is_dead", lambda: next(answers))
+    with pytest.raises(AnsibleActionFail, match="is dead"):
+        gives_back([BUSY], 60)
+    assert slept == [5.0, 5.0]
 
 
 def test_a_file_that_cannot_be_understood_may_be_somebodys(slept):

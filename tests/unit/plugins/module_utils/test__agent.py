@@ -43,7 +43,7 @@ class Kernel:
         self.reads += int(whole)
         return {}, self.state, self.routes()
 
-    def converge(self, document, applied, proven):
+    def converge(self, document, applied, proven, own_cidrs=None):
         if self.error:
             raise self.error
         self.converged.append(sorted(document["nodes"]))
@@ -65,6 +65,7 @@ def agent(tmp_path):
     (tmp_path / "mesh.json").write_bytes(_mesh.document_bytes(doc))
     config = {"node": "w1", "server": "https://192.0.2.1", "ca_file": None, "token_file": None, "interface": "wgmesh", "table": 51840,
               "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [], "grace": 60,
+              "pod_source": "node_cidrs",
               "document_file": str(tmp_path / "mesh.json"), "boot_folder": str(tmp_path), "lock_file": str(tmp_path / "no" / "lock.json"),
               "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
     it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})
@@ -165,6 +166,8 @@ def test_a_document_that_vanishes_stops_the_work_and_one_that_comes_back_begins_
     agent.now += 3
     agent.tick()
     assert agent.document is None and "no mesh document" in agent.trouble
+    agent.now += 1
+    agent.tick()
     assert json.loads((tmp_path / "runtime" / "state.json").read_text())["hindrance"] == agent.trouble
     (tmp_path / "mesh.json").write_bytes(text)
     agent.now += 3

@@ -30,6 +30,7 @@ KEY0 = "kubemesh.wireguard/public-key-0"
 CONFIG = {
     "node": "w1", "server": "https://192.0.2.1:6443", "ca_file": None, "token_file": "/t", "interface": "wgmesh", "table": 51840,
     "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": ["10.96.0.0/12"], "grace": 60,
+    "pod_source": "node_cidrs",
     "document_file": "/d", "boot_folder": "/b", "lock_file": "/l", "runtime": "/r", "state": "/s", "metrics_file": "/m"}
 NOTHING = {"annotations": {}, "kept": {"pod_cidrs": [], "node_addresses": []}}
 
@@ -64,7 +65,7 @@ def roster(*nodes):
 def following(previous, found, now=0.0, remembered=None, **config):
     config = dict(CONFIG, **config)
     found = plan.note_missing(found, previous, config["node"], found.get("noted", now))
-    return plan.next_document(previous, found, remembered or plan.adopt(previous, found), config, now)
+    return plan.next_document(previous, found, remembered or plan.adopt(previous, found, "node_cidrs"), config, now)
 
 
 # --- the same as the controller's ------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def test_documents_are_those_of_the_controller(before, after, again):
     previous = document(1, *before)
     items = [node(1)] + [node(number, **({"uid": "uid-again"} if again and number == after[0] else {})) for number in after]
     found = plan.note_missing(roster(*items), previous, "w1", 0.0)
-    own, dummy = plan.next_document(previous, found, plan.adopt(previous, found), CONFIG, 60.0)
+    own, dummy = plan.next_document(previous, found, plan.adopt(previous, found, "node_cidrs"), CONFIG, 60.0)
     candidates, problems = _membership.nodes_from_k8s(items)
     theirs, dummy = _membership.build_document(candidates, {}, previous, {"complete": True})
     assert not problems and own["nodes"] == {
@@ -161,7 +162,7 @@ def test_own_node_and_unreadable_nodes_are_never_missing():
 def test_missing_stays_until_the_grace_is_over():
     previous = document(1, 2, 3)
     found = plan.note_missing(roster(node(1), node(2)), previous, "w1", 0.0)
-    remembered = plan.adopt(previous, found)
+    remembered = plan.adopt(previous, found, "node_cidrs")
     assert plan.next_document(previous, found, remembered, CONFIG, 59.0)[0]["nodes"] == previous["nodes"]
     assert set(plan.next_document(previous, found, remembered, CONFIG, 60.0)[0]["nodes"]) == {"w1", "w2"}
 
@@ -189,7 +190,7 @@ def test_an_entry_that_is_set_by_a_person_stays():
 def test_annotations_count_where_they_are_news():
     previous = document(1, 2)
     old = roster(node(1), node(2, annotations={KEY0: documents.key(7)}))
-    remembered = plan.adopt(previous, old)
+    remembered = plan.adopt(previous, old, "node_cidrs")
     # it was there beside the document of the run, which knew better
     assert plan.next_document(previous, old, remembered, CONFIG, 0.0)[0]["nodes"]["w2"]["public_keys"] == {"0": documents.key(2)}
     new = roster(node(1), node(2, annotations={KEY0: documents.key(8)}))
@@ -240,6 +241,22 @@ def test_a_node_that_turns_bad_stays_as_it_was():
 
 
 # --- the kernel ------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("keys, published, wanted", [
+    ({"0": documents.key(1)}, {}, {KEY0: documents.key(1)}),
+    ({"0": documents.key(1)}, {KEY0: documents.key(2)}, {KEY0: documents.key(1)}),
+    ({"0": documents.key(1)}, {KEY0: documents.key(1)}, {}),
+    # A rotation took the old key back, and the node still has the document with both.
+    ({"0": documents.key(1), "1": documents.key(7)}, {KEY0.replace("-0", "-1"): documents.key(7)}, {}),
+    ({}, {KEY0: documents.key(2)}, {}),
+])
+def test_what_a_node_publishes_of_itself(keys, published, wanted):
+    doc = document(1, 2)
+    doc["nodes"]["w1"]["public_keys"] = keys
+    own = roster(node(1, annotations=published))["members"]["w1"]
+    assert plan.keys_to_publish(doc, own) == wanted
+    assert plan.keys_to_publish(document(2), own) == {}
+
 
 def device(doc):
     """A device that is as a document says, for w1."""
@@ -294,7 +311,7 @@ def test_what_is_in_the_way(change, key, text):
 
 
 def routes_of(doc, proven, present=()):
-    settings = plan.route_settings(CONFIG, "wgmesh0", [{"not_fwmark": 0}])
+    settings = plan.route_settings(CONFIG, "wgmesh0", [{"not_fwmark": 0, "iif": ""}])
     return _routes_plan.wanted_state(doc, "w1", settings, proven, present)
 
 
@@ -323,13 +340,18 @@ def test_a_prefix_that_changes_hands_loses_its_route_before_the_device_changes()
 
 
 def test_what_a_node_sends_is_what_its_last_run_wrote_down():
-    rules = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes"))
+    rules = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes", iifs=[], own_cidrs=None))
     text = _routes_plan.rules_text({"rules": rules}, "ipv4")
     read = _routes_plan.rules_of_batch(text, "ipv4")
     assert read == [rule for rule in rules if rule["family"] == "ipv4"]
     assert plan.route_settings(CONFIG, "wgmesh0", read)["encrypt"] == "nodes"
     assert plan.route_settings(CONFIG, "wgmesh0", read[:1])["encrypt"] == "pods"
     assert not plan.route_settings(CONFIG, "wgmesh0", [])["send"]
+    assert plan.route_settings(CONFIG, "wgmesh0", read)["iifs"] == []
+    known = _routes_plan.wanted_rules(document(1, 2), "w1", dict(CONFIG, encrypt="nodes", iifs=["eth0", "lo"], own_cidrs=None))
+    read = _routes_plan.rules_of_batch(_routes_plan.rules_text({"rules": known}, "ipv4"), "ipv4")
+    settings = plan.route_settings(CONFIG, "wgmesh0", read)
+    assert (settings["iifs"], settings["encrypt"]) == (["eth0", "lo"], "nodes")
 
 
 @given(st.text(max_size=60))

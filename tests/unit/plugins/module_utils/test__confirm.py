@@ -16,7 +16,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import Me
 
 
 def rule(family="ipv4", priority=402, table=51841, source="", mark=4096):
-    return {"family": family, "priority": priority, "table": table, "from": source, "not_fwmark": mark}
+    return {"family": family, "priority": priority, "table": table, "from": source, "iif": "", "not_fwmark": mark}
 
 
 NODES = [{"op": "add_rule", "rule": rule()}, {"op": "add_rule", "rule": rule("ipv6")}]

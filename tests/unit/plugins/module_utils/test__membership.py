@@ -428,6 +428,16 @@ class TestKeys:
                                                                                                                 key(1)) in warnings[0]
         assert build(members, known, previous, expect_new_keys=True)[1] == []
 
+    @pytest.mark.parametrize(("text", "told"), [(key(1), False), (key(2), False), (key(3), True), (JINJA, True), ("", True)])
+    def test_annotation_changed_by_others_is_reported(self, text, told):
+        """Of a node that says what its key is: the annotation may be its key, or still that of the last document, and nothing else."""
+        previous, members = built(cluster(1), {"worker-1": {"0": key(2)}}), candidates(node(1, annotations={KEY0: text}))
+        document, warnings = build(members, keys(1), previous)
+        assert document["nodes"]["worker-1"]["public_keys"] == {"0": key(1)}
+        found = [warning for warning in warnings if warning.startswith("node worker-1, annotation %s: %s, but" % (KEY0, _mesh.shown(text)))]
+        assert len(found) == int(told)
+        assert build(members, keys(1), previous, expect_new_keys=True)[1] == []
+
     def test_annotation_holding_jinja_is_text(self):
         document, warnings = build(candidates(node(1, annotations={KEY0: JINJA}), node(2)), keys(2))
         assert document["nodes"]["worker-1"]["state"] == "pending"
@@ -558,6 +568,11 @@ class TestMembership:
         document, dummy = build(swapped, keys(1, 2), previous)
         assert document["nodes"]["worker-1"]["pod_cidrs"] == ["10.244.2.0/24"]
         assert document["nodes"]["worker-2"]["pod_cidrs"] == ["10.244.1.0/24"]
+
+    def test_what_stays_is_the_same_object(self):
+        first = built(cluster(1, 2), keys(1, 2))
+        second = built(cluster(1, 2, 3), keys(1, 2, 3), first)
+        assert all(second["nodes"][name] is entry for name, entry in first["nodes"].items()) and len(second["nodes"]) == 3
 
     def test_serial(self):
         first = built(cluster(1), keys(1))

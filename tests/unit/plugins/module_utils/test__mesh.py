@@ -247,6 +247,7 @@ class TestKeysAndNames:
             def digest(self):
                 return bytes(32)
         some_key = key(1)
+        _mesh._probe_address.cache_clear()
         monkeypatch.setattr(_mesh.hashlib, "sha256", lambda raw: Zero())
         with pytest.raises(MeshError, match="make another key"):
             _mesh.probe_address(some_key)
@@ -269,6 +270,18 @@ class TestDocument:
         _mesh.validate_document(document(entry(1, state="pending", reason="x", public_keys={}, pod_cidrs=[], node_addresses=[],
                                                endpoints={},
                                                mtu=None)))
+
+    def test_only_the_very_entries_of_a_known_document_are_taken_as_checked(self):
+        known = three()
+        name = sorted(known["nodes"])[0]
+        for broken in (dict(known["nodes"][name], keepalive=-1), None):
+            with pytest.raises(MeshError, match=name):
+                _mesh.validate_document(dict(known, nodes=dict(known["nodes"], **{name: broken})), known)
+        assert _mesh.validate_document(dict(known, serial=7), known)["serial"] == 7
+        # what nodes must not share is looked at all the same
+        twice = dict(known["nodes"], other=known["nodes"][name])
+        with pytest.raises(MeshError, match="needs a key of its own"):
+            _mesh.validate_document(dict(known, nodes=twice), dict(known, nodes=twice))
 
     def test_bytes(self):
         doc = three()

@@ -100,7 +100,7 @@ def pod(name, node, *addresses, host_network=False, phase="Running", deleting=Fa
 
 
 def of_pods(*pods):
-    return _pods.pod_prefixes({"Pod": list(pods)}, set(NODES), set(NODE_ADDRESS.values()))
+    return _pods.pod_prefixes(_pods.reduced_all({"Pod": list(pods)}), set(NODES), set(NODE_ADDRESS.values()))
 
 
 def test_addresses_of_pods():
@@ -165,7 +165,8 @@ def block(cidr, node, allocations, size=64, **more):
 
 
 def of_calico(affinities, blocks=()):
-    return _pods.calico_prefixes({"BlockAffinity": affinities, "IPAMBlock": list(blocks)}, set(NODES), set(NODE_ADDRESS.values()))[0]
+    return _pods.calico_prefixes(_pods.reduced_all({"BlockAffinity": affinities, "IPAMBlock": list(blocks)}), set(NODES),
+                                set(NODE_ADDRESS.values()))[0]
 
 
 BLOCKS = [affinity("10.1.0.0/26", "a"), affinity("10.1.0.64/26", "b"), affinity("fd00::/122", "a")]
@@ -237,10 +238,11 @@ def test_cilium_nodes():
         {"metadata": {"name": "c"}, "spec": {"ipam": {"pools": {"allocated": [{"pool": "default", "cidrs": ["10.2.0.0/27"]},
                                                                               {"pool": "mars", "cidrs": ["10.2.0.32/27"]}]}}}},
         {"metadata": {"name": "gone"}, "spec": {"ipam": {"podCIDRs": ["nonsense"]}}}, {}]
-    assert _pods.cilium_prefixes({"CiliumNode": items}, set(NODES), set(NODE_ADDRESS.values())) == ({
+    assert _pods.cilium_prefixes(_pods.reduced_all({"CiliumNode": items}), set(NODES), set(NODE_ADDRESS.values())) == ({
         "a": ["10.1.0.0/24", "fd00::/64"], "b": ["10.7.0.4/31", "10.7.0.9/32"], "c": ["10.2.0.0/26"]}, [])
     with pytest.raises(MeshError, match="CiliumNode a: 'x' is not"):
-        _pods.cilium_prefixes({"CiliumNode": [{"metadata": {"name": "a"}, "spec": {"ipam": {"podCIDRs": ["x"]}}}]}, set(NODES), set())
+        _pods.cilium_prefixes(_pods.reduced_all({"CiliumNode": [{"metadata": {"name": "a"}, "spec": {"ipam": {"podCIDRs": ["x"]}}}]}),
+                              set(NODES), set())
 
 
 # --- into candidates and documents -----------------------------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_an_empty_answer_takes_nothing_down(source):
 # --- steps -----------------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"interface": "wgmesh0", "table": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "send": True,
-            "unproven": "drop", "exempt_cidrs": []}
+            "unproven": "drop", "exempt_cidrs": [], "iifs": [], "own_cidrs": None}
 PREFIX = "10.1.0.%d"
 
 

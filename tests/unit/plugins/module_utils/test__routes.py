@@ -28,8 +28,8 @@ def route(dst, table=TABLE, **other):
                  "peer": "b"}, **other)
 
 
-def rule(priority, table=TABLE, source="", family="ipv4", not_fwmark=0):
-    return {"family": family, "priority": priority, "table": table, "from": source, "not_fwmark": not_fwmark}
+def rule(priority, table=TABLE, source="", family="ipv4", not_fwmark=0, iif=""):
+    return {"family": family, "priority": priority, "table": table, "from": source, "iif": iif, "not_fwmark": not_fwmark}
 
 
 def nameless(state):
@@ -128,7 +128,7 @@ def test_routes_of_a_family_go_in_one_process(node, monkeypatch):
 
 def test_rules_and_routes_of_others_are_not_ours(node):
     node.rules["ipv4"] += [
-        {"priority": 10, "src": "all", "table": "51840", "iif": "eth0"},
+        {"priority": 10, "src": "10.9.0.0", "srclen": 16, "table": "51840", "iif": "eth0"},
         {"priority": 11, "src": "10.9.9.9", "srclen": 24, "table": "51840"},
         {"priority": 12, "src": "10.244.1.0", "srclen": 24, "not": None, "table": "51841"}, {"priority": 13, "src": "all", "table": "254"},
         {"priority": 14, "src": "all", "action": "6"}]

@@ -31,8 +31,8 @@ def route(dst, **other):
     return dict(plain, **other)
 
 
-def rule(priority=400, table=TABLE, source="", not_fwmark=0, family="ipv4"):
-    return {"family": family, "priority": priority, "table": table, "from": source, "not_fwmark": not_fwmark}
+def rule(priority=400, table=TABLE, source="", not_fwmark=0, family="ipv4", iif=""):
+    return {"family": family, "priority": priority, "table": table, "from": source, "iif": iif, "not_fwmark": not_fwmark}
 
 
 # --- properties of the plan --------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def rules(draw):
     family = draw(st.sampled_from(FAMILIES))
     source = draw(st.sampled_from(["", DESTINATIONS[family][0]]))
     return rule(draw(st.integers(400, 402)), draw(st.sampled_from([TABLE, TABLE + 1])), source,
-                0 if source else draw(st.sampled_from([0, 0x1000])), family)
+                0 if source else draw(st.sampled_from([0, 0x1000])), family, "" if source else draw(st.sampled_from(["", "lo", "eth0.7"])))
 
 
 states = st.builds(
@@ -183,7 +183,8 @@ def test_a_changed_route_is_replaced_and_a_changed_name_is_not():
 
 def way(state, family, dst, table):
     """Everything that decides which way a prefix of a table goes: the rules that lead there, and its route."""
-    selectors = {(item["from"], item["not_fwmark"]) for item in state["rules"] if (item["family"], item["table"]) == (family, table)}
+    selectors = {(item["from"], item["iif"], item["not_fwmark"]) for item in state["rules"]
+                 if (item["family"], item["table"]) == (family, table)}
     found = [(item["dev"], item["type"]) for item in state["routes"] if (item["dst"], item["table"]) == (dst, table)]
     return (selectors, found) if selectors and found else None
 
@@ -213,7 +214,7 @@ def test_what_moves_when_a_node_begins_to_send():
 # --- what is wanted ----------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"interface": "wgmesh0", "table": TABLE, "rule_priority": 400, "fwmark": 0x1000, "encrypt": "pods", "send": True,
-            "unproven": "keep", "exempt_cidrs": []}
+            "unproven": "keep", "exempt_cidrs": [], "iifs": [], "own_cidrs": None}
 
 
 def entry(number, families=FAMILIES, **other):
@@ -315,6 +316,25 @@ def test_rules_of_a_node():
     assert plan.rule_text(more[-1]) == "priority 402 not from all fwmark 0x1000/0x1000 lookup 51841"
 
 
+def test_rules_that_look_at_where_packets_come_from():
+    found = wanted(document(), encrypt="nodes", iifs=["lo", "eth0", "wgmesh0"], own_cidrs=["10.244.1.0/25", "fd00:10:244:1::/65"])["rules"]
+    assert [plan.rule_text(item) for item in found if item["family"] == "ipv4"] == [
+        "priority 400 from all iif eth0 fwmark 0x0/0x1000 lookup 51841", "priority 400 from all iif lo fwmark 0x0/0x1000 lookup 51841",
+        "priority 400 from all iif wgmesh0 fwmark 0x0/0x1000 lookup 51841",
+        "priority 401 from all iif eth0 lookup 51840", "priority 401 from all iif lo lookup 51840",
+        "priority 401 from all iif wgmesh0 lookup 51840", "priority 401 from 10.244.1.0/25 lookup 51841",
+        "priority 402 from 10.244.1.0/25 lookup 51840"]
+    for family in FAMILIES:
+        assert plan.rules_of_batch(plan.rules_text({"rules": found}, family), family) == [
+            item for item in found if item["family"] == family]
+    # From one kind of rules to the other: never without rules in between.
+    everything = wanted(document(), encrypt="nodes")["rules"]
+    for first, second in ((found, everything), (everything, found)):
+        for dummy, state in prefixes_of_plan({"routes": [], "rules": first}, {"routes": [], "rules": second}):
+            there = {plan.rule_order(item) for item in state["rules"]}
+            assert any({plan.rule_order(item) for item in whole} <= there for whole in (first, second))
+
+
 def test_a_node_of_one_family_has_nothing_of_the_other():
     state = wanted(document(a=entry(1, families=("ipv4",))))
     assert {item["family"] for item in state["routes"] + state["rules"]} == {"ipv4"}
@@ -409,6 +429,7 @@ def test_recorded_rules(outputs):
         "priority 401 from 10.244.1.0/24 lookup 51841",
         "priority 402 not from all fwmark 0x1000/0x1000 lookup 51841",
         "priority 410 from 10.244.1.9/32 lookup 51840",
+        "priority 415 from all iif eth0 lookup 51840",
     ]
     found = [plan.rule_from_ip(item, "ipv6") for item in items(outputs, "-6 -j -N rule show")]
     ours = [item for item in found if item is not None and not item.pop("foreign") and 0 < item["priority"] < 32766]
@@ -421,11 +442,19 @@ def test_recorded_rules(outputs):
 
 @pytest.mark.parametrize("outputs", RELEASES)
 def test_rules_of_others_are_told_apart(outputs):
-    """Inverted prefixes, other masks, marks that are not inverted, devices, ports, host bits: never taken for one of ours."""
+    """Inverted prefixes, other masks, marks that are not inverted, ports, host bits: never taken for one of ours."""
     found = {item["priority"]: plan.rule_from_ip(item, "ipv4") for item in items(outputs, "-4 -j -N rule show")}
-    for priority in list(range(411, 419)) + [421, 422, 423]:
+    for priority in [411, 412, 413, 414, 416, 417, 418, 421, 422, 423]:
         assert found[priority]["foreign"], priority
     assert found[419] is None, "a rule without a table"
+
+
+@pytest.mark.parametrize("more", [
+    {"src": "10.244.1.0", "srclen": 24}, {"not": None}, {"fwmark": "0x1000", "fwmask": "0x1000"}, {"oif": "eth1"}])
+def test_rules_of_others_that_look_at_a_device(more):
+    item = {"priority": 401, "src": "all", "iif": "eth0", "table": "51840"}
+    assert not plan.rule_from_ip(dict(item, iif_detached=None), "ipv4")["foreign"]
+    assert plan.rule_from_ip(dict(item, **more), "ipv4")["foreign"]
 
 
 def test_a_table_by_name_is_not_ours():
@@ -441,8 +470,12 @@ def test_rules_and_routes_as_ip_prints_them(state):
             printed["src"], length = item["from"].split("/")
             if int(length) < (32 if item["family"] == "ipv4" else 128):
                 printed["srclen"] = int(length)
+        if item["iif"]:
+            printed["iif"] = item["iif"]
         if item["not_fwmark"]:
-            printed.update({"not": None, "fwmark": hex(item["not_fwmark"]), "fwmask": hex(item["not_fwmark"])})
+            printed.update({"fwmark": "0x0" if item["iif"] else hex(item["not_fwmark"]), "fwmask": hex(item["not_fwmark"])})
+            if not item["iif"]:
+                printed["not"] = None
         assert plan.rule_from_ip(printed, item["family"]) == dict(item, foreign=False)
 
 

@@ -48,7 +48,7 @@ class World:
                        "last_handshake": NOW - 17, "rx_bytes": 9012, "tx_bytes": 8120}
             for peer_key, peer in _mesh.peers_of(self.doc, "a", 0).items()}}
         settings = {"interface": "wgmesh0", "table": TABLE, "rule_priority": 400, "fwmark": 0x1000, "encrypt": encrypt, "send": True,
-                    "unproven": "keep", "exempt_cidrs": []}
+                    "unproven": "keep", "exempt_cidrs": [], "iifs": [], "own_cidrs": None}
         self.routes = _routes_plan.wanted_state(self.doc, "a", settings, None, [])
 
     @property

@@ -53,7 +53,8 @@ def test_check_mode_tells_all_and_does_nothing(node, run_module, tmp_path):
 
 def test_configuration_is_what_the_agent_takes(node):
     defaults = {"state": "present", "ca_file": "/ca", "token_file": None, "interface": "wgmesh", "grace": 60, "table": 51840,
-                "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": []}
+                "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [],
+                "pod_source": "node_cidrs"}
     config = _agent_plan.parse_config(agent.configuration(dict(defaults, **ARGS)))
     assert config["node"] == "worker-1" and config["token_file"] == _agent_install.TOKEN_FILE
     assert "s3cret" not in agent.configuration(dict(defaults, **ARGS))

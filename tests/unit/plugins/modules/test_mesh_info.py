@@ -47,7 +47,7 @@ class Host:
                        "last_handshake": NOW - 5, "rx_bytes": 1, "tx_bytes": 2}
             for peer_key, peer in _mesh.peers_of(self.doc, "a", 0).items()}}
         settings = {"interface": "wgmesh0", "table": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "send": True,
-                    "unproven": "keep", "exempt_cidrs": []}
+                    "unproven": "keep", "exempt_cidrs": [], "iifs": [], "own_cidrs": None}
         wanted = _routes_plan.wanted_state(self.doc, "a", settings, None, [])
         for route in wanted["routes"]:
             self.node.routes.setdefault((route["family"], route["table"]), {})[route["dst"]] = route
@@ -117,7 +117,7 @@ def test_whether_the_node_has_ipv6(host, run, monkeypatch, there):
 def test_port_and_mark_that_are_in_use(host, run):
     assert run()["rule_fwmark"] is None, "only between nodes is the mark of any use"
     host.node.change_rules([{"op": "add_rule", "rule": {
-        "family": "ipv4", "priority": 402, "table": 51841, "from": "", "not_fwmark": 8192}}])
+        "family": "ipv4", "priority": 402, "table": 51841, "from": "", "iif": "", "not_fwmark": 8192}}])
     del host.node.changes[:]
     host.wg.states["wgmesh0"].update(listen_port=5555, fwmark=8192)
     result = run()

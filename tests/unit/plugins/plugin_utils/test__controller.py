@@ -64,12 +64,15 @@ def orphan(queue, ready):
     context = multiprocessing.get_context("fork")
 
     def work():
+        lived = not controller.main_is_dead()
+        known.set()
         while os.getppid() == parent:
             time.sleep(0.01)
-        queue.put((parent, controller.main_pid(), os.getppid()))
+        queue.put((parent, controller.main_pid(), os.getppid(), lived, controller.main_is_dead()))
 
-    parent = os.getpid()
+    parent, known = os.getpid(), context.Event()
     context.Process(target=work).start()
+    known.wait(30)
     ready.set()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -79,9 +82,10 @@ def test_also_when_the_main_process_is_dead():
     queue, ready = context.Queue(), context.Event()
     main = context.Process(target=orphan, args=(queue, ready))
     main.start()
-    parent, found, adopted = queue.get(timeout=30)
+    parent, found, adopted, lived, dead = queue.get(timeout=30)
     main.join(30)
     assert found == parent == main.pid and adopted != parent
+    assert lived and dead and not controller.main_is_dead()
 
 
 def test_a_process_that_lives_and_then_does_not(process):
