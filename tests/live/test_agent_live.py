@@ -37,7 +37,8 @@ def mesh(tmp_path_factory):
 @pytest.fixture
 def lab(mesh):
     mesh.whole("a", "b")
-    mesh.wait(lambda: mesh.state("a")["api"] == mesh.state("b")["api"] == "watching" and mesh.api.watching() >= 2, "agents that watch")
+    mesh.wait(lambda: all(mesh.state(host).get("api") == "watching" and mesh.state(host)["nodes"] == 2 for host in "ab")
+              and mesh.api.watching() >= 2, "agents that watch")
     # an event, so that nobody pauses for what went wrong in the test before
     mesh.api.heartbeat()
     yield mesh
@@ -85,7 +86,9 @@ def test_another_cidr_moves_without_a_gap_for_the_rest(lab):
     node = lab.node("b", cidrs=["10.244.9.0/24"], uid=str(uuid.uuid4()))
     lab.api.recreate("nodes", "b", obj=node)
     lab.wait(lambda: lab.routes("a") == {"10.244.9.0/24", lab.net.address("b")}, "the new CIDR of b at a")
-    assert "10.244.9.0/24" in lab.allowed("a")[lab.keys["b"][1]] and lab.cidr("b") not in lab.allowed("a")[lab.keys["b"][1]]
+    assert "10.244.9.0/24" in lab.allowed("a")[lab.keys["b"][1]]
+    # what is accepted goes after what is sent
+    lab.wait(lambda: lab.cidr("b") not in lab.allowed("a")[lab.keys["b"][1]], "the device without the old CIDR of b")
     lab.api.recreate("nodes", "b", obj=lab.node("b", uid=str(uuid.uuid4())))
 
 
