@@ -24,8 +24,6 @@ PORT, TABLE, PRIORITY, MARK = 51840, 51840, 400, 0x1000
 PROGRAM = "ansible_collections.kubemesh.wireguard.plugins.module_utils._agent"
 KEY, KEY_1 = "kubemesh.wireguard/public-key-0", "kubemesh.wireguard/public-key-1"
 API = "api"
-# Of every wait; on a machine that does other things as well, KUBEMESH_LIVE_PATIENCE multiplies it.
-PATIENCE = float(os.environ.get("KUBEMESH_LIVE_PATIENCE", "1"))
 
 # Sends a marker every few milliseconds to a UDP port, from a number on, and does not mind who drops it.
 SEND_ON = """
@@ -244,7 +242,7 @@ class AgentLab:
         process = self.agents.pop(host)
         if process.poll() is None:
             (process.kill if kill else process.terminate)()
-        return process.wait(timeout=20)
+        return process.wait(timeout=20 * netlab.PATIENCE)
 
     def log(self, host):
         path = self.place(host) / "log"
@@ -293,7 +291,7 @@ class AgentLab:
 
     def wait(self, ready, what, seconds=30.0):
         try:
-            netlab.wait_for(ready, what, seconds * PATIENCE)
+            netlab.wait_for(ready, what, seconds)
         except RuntimeError as exc:
             logs = "".join("--- %s\n%s" % (host, self.log(host)) for host in self.hosts)
             raise AssertionError("%s\n%s" % (exc, logs)) from None

@@ -19,6 +19,9 @@ import threading
 import time
 from pathlib import Path
 
+# Limits of time are for a machine that does nothing else; on others KUBEMESH_LIVE_PATIENCE multiplies them.
+PATIENCE = float(os.environ.get("KUBEMESH_LIVE_PATIENCE", "1"))
+
 TOOLS = ("ip", "nft", "wg", "wireguard-go")
 # Unlike in the kernel, the sockets of userspace devices share one directory, whatever the namespace.
 SOCKETS = Path("/run/wireguard")
@@ -55,7 +58,7 @@ while True:
 """
 
 # Seconds in which a packet that passes is there; it takes less than a millisecond.
-SOON = 5.0
+SOON = 5.0 * PATIENCE
 
 
 def why_not():
@@ -71,7 +74,7 @@ def why_not():
 
 
 def run(*argv, check=True, stdin=None):
-    done = subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, text=True, timeout=120 * PATIENCE, check=False)
     if check and done.returncode:
         raise RuntimeError("%s: code %d: %s" % (" ".join(map(str, argv)), done.returncode, done.stderr or done.stdout))
     return done.stdout
@@ -163,7 +166,7 @@ class Net:
         arguments = dict(arguments, _ansible_check_mode=check, _ansible_diff=True)
         paths = [path for path in sys.path if path]
         done = subprocess.run(["ip", "netns", "exec", self.ns(host), sys.executable, "-c", RUN_MODULE], input=json.dumps([name, arguments]),
-                              capture_output=True, text=True, timeout=120, check=False,
+                              capture_output=True, text=True, timeout=120 * PATIENCE, check=False,
                               env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)))
         try:
             return json.loads(done.stdout)
@@ -214,7 +217,7 @@ class Listener:
 
 
 def wait_for(ready, what, seconds=20.0):
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not ready():
         if time.monotonic() > deadline:
             raise RuntimeError("%s did not appear within %d s" % (what, seconds))

@@ -195,7 +195,7 @@ def test_second_agent_is_refused(lab):
     lab.start("a")
     second = lab.agents.pop("a")
     lab.agents["a"] = first
-    assert second.wait(timeout=60) == 3
+    assert second.wait(timeout=60 * netlab.PATIENCE) == 3
     assert "another agent is at work" in lab.log("a")
 
 

@@ -45,7 +45,7 @@ class Stream:
     def __exit__(self, *exc):
         for each in (self.sender, self.wire.process, self.there.process):
             each.terminate()
-            each.wait(timeout=20)
+            each.wait(timeout=20 * netlab.PATIENCE)
 
     @staticmethod
     def numbers(listener):
@@ -205,7 +205,7 @@ def reached(lab, port):
     """Whether a gets a TCP connection to c's own address."""
     program = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2).close()"
     done = subprocess.run(["ip", "netns", "exec", lab.net.ns("a"), sys.executable, "-S", "-c", program, lab.net.address("c"), str(port)],
-                          capture_output=True, timeout=60, check=False)
+                          capture_output=True, timeout=60 * netlab.PATIENCE, check=False)
     return done.returncode == 0
 
 
@@ -218,7 +218,7 @@ def serving(lab, *ports):
         yield
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=20 * netlab.PATIENCE)
 
 
 def test_host_encryption_reaches_who_joins_in_clear_until_it_answers_and_then_in_the_tunnel(tmp_path):

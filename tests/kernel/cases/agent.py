@@ -186,7 +186,8 @@ def case_1_the_agent_follows_the_cluster_as_a_user_with_one_capability(env):
         cluster.sh("nft", "flush", "ruleset")
         repairs = state()["counts"]["repairs"]
         os.utime(cluster.DOCUMENT)
-        until(lambda: state()["counts"]["repairs"] > repairs and keys["worker-2"] in allowed() and guarded() == {"10.244.2.0/24"}, "repairs")
+        until(lambda: state()["counts"]["repairs"] > repairs and keys["worker-2"] in allowed() and guarded() == {"10.244.2.0/24"},
+              "repairs")
         assert "kubemesh_guard_in_force 1" in METRICS.read_text()
         env.note(lag=state()["lag"])
         assert main_pid() == pid, "it was started again: %s" % journal()

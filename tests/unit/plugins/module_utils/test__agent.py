@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -117,6 +118,21 @@ def test_who_is_gone_goes_after_the_grace_and_not_while_the_api_is_away(agent):
     agent.now += 2
     agent.tick()
     assert set(agent.document["nodes"]) == {"w1"} and agent.kernel.converged[-1] == ["w1"]
+
+
+def test_the_time_of_day_decides_nothing(agent, monkeypatch, tmp_path):
+    """Whoever sets the clock, forward or back, neither hurries the grace nor stops the work."""
+    jumps = itertools.cycle([2e9, 1e6, 0.0, 3e9])
+    monkeypatch.setattr(_agent.time, "time", lambda: next(jumps))
+    agent.on_listed(listing(1))
+    for dummy in range(59):
+        agent.now += 1
+        agent.tick()
+        assert set(agent.document["nodes"]) == {"w1", "w2"} and 0 < agent.pause() <= _agent.REPORT_INTERVAL
+    agent.now += 2
+    agent.tick()
+    assert set(agent.document["nodes"]) == {"w1"}
+    assert json.loads((tmp_path / "runtime" / "state.json").read_text())["time"] in (2e9, 1e6, 0.0, 3e9)
 
 
 def test_what_fails_is_tried_again_later_from_the_beginning(agent):

@@ -96,7 +96,7 @@ def test_a_guard(host, run):
     assert result["steps"] == ["write file %s/etc/%s" % (host.folder, name) for name in ALL_FILES] + [
         "enable unit kubemesh-guard.service", "load table kubemesh_guard: it is not there"]
     assert host.elements("pods4") == ["10.244.2.0/24", "10.244.3.0/24"]
-    assert sorted(host.files()) == ALL_FILES and host.files()[ALL_FILES[0]][1] == 0o600
+    assert sorted(host.files()) == ALL_FILES and host.files()[ALL_FILES[0]][1] == 0o640
     assert host.node.units[live.GUARD_UNIT] == {"enabled": True}
     assert host.node.warnings == []
 
