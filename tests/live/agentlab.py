@@ -125,7 +125,7 @@ class AgentLab:
         for key, peer in _mesh.peers_of(document, host, "1").items():
             self.net.exec(host, "wg", "set", new, "peer", key, "endpoint", peer["endpoint"], "allowed-ips", ",".join(peer["allowed_ips"]))
         settings = {"interface": new, "table": TABLE, "rule_priority": PRIORITY, "fwmark": MARK, "encrypt": self.encrypt, "send": True,
-                    "unproven": "keep", "exempt_cidrs": []}
+                    "unproven": "keep", "exempt_cidrs": [], "iifs": [], "own_cidrs": None}
         routes = _routes_plan.wanted_state(document, host, settings, None, [])["routes"]
         self.net.ip(host, *["route replace %s" % _routes_plan.route_text(route).split("  #")[0] for route in routes])
         self.net.exec(host, "ip", "link", "del", old)
