@@ -834,10 +834,14 @@ def _ports(port, problems):
     return {"0": number, "1": number + 1}
 
 
-def _generation(options, previous):
+def _generation(options, previous, nodes):
+    """Where no document is known, as on a host that joins alone, the others say by their annotations which keys are in use."""
     if options["generation"] is not None:
         return int(generation_text(options["generation"]))
-    return previous["generation"] if previous is not None else 0
+    if previous is not None:
+        return previous["generation"]
+    number = {generation: sum(generation in entry["public_keys"] for entry in nodes.values()) for generation in GENERATIONS}
+    return 1 if number["1"] > number["0"] else 0
 
 
 def build_document(members, keys, previous, options=None):
@@ -869,7 +873,7 @@ def build_document(members, keys, previous, options=None):
     if unknown:
         warnings.append("exclude_nodes: %s is not a node of this cluster" % name_list(unknown))
     document = {"schema": SCHEMA, "serial": 1, "complete": bool(options["complete"]),
-                "generation": _generation(options, previous), "ports": _ports(options["port"], problems),
+                "generation": _generation(options, previous, nodes), "ports": _ports(options["port"], problems),
                 "nodes": nodes}
     services = _service_prefixes(options["service_cidrs"], problems)
     problems.extend(shared_identities(nodes, document["ports"]))

@@ -414,6 +414,15 @@ class TestKeys:
         assert document["nodes"]["worker-1"]["public_keys"] == {"0": key(1), "1": key(2)}
         assert document["nodes"]["worker-1"]["probe_addresses"]["1"] == _mesh.probe_address(key(2))
 
+    @pytest.mark.parametrize(("annotations", "generation"), [
+        ({}, 0), ({KEY0: key(2)}, 0), ({KEY1: key(2)}, 1), ({KEY0: key(2), KEY1: key(3)}, 0)])
+    def test_generation_of_a_host_that_joins_alone(self, annotations, generation):
+        """It has no document; what others published says which generation is in use."""
+        members = candidates(node(1), node(2, annotations=annotations), node(3))
+        assert built(members)["generation"] == generation
+        assert built(members, generation=1)["generation"] == 1
+        assert built(members, {}, built(cluster(1)))["generation"] == 0
+
     @pytest.mark.parametrize(("annotations", "known", "said"), [
         ({}, {"worker-1": {"0": key(2)}}, "reported by the node itself"),
         ({KEY0: key(2)}, {}, "from its annotation kubemesh.wireguard/public-key-0"),
