@@ -38,13 +38,13 @@ test-unit: ## Unit tests on Python 3.8, 3.11 and 3.13
 	@$(RUN) gate unit
 
 test-live: ## Modules against userspace WireGuard in network namespaces (root)
-	@$(RUN) gate live
+	@$(RUN) gate live live-agent
 
 test-lab: ## The playbooks on a cluster of hosts with systemd (root)
 	@$(RUN) gate lab lab-variants lab-kill lab-change lab-agent lab-self
 
 test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, hours)
-	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-self
+	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-runner lab-self live-agent
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel kernel-boot

@@ -216,28 +216,35 @@ def changelog(context):
 
 # They wait for answers that do not come, most of the time, so there is room for them beside all that only computes; and for those that do
 # hardly anything else beside the others.
-WAITING = ("test_agent_live.py", "test_agent_pods_live.py", "test_apiserver.py", "test_lock_live.py", "test_preflight_live.py",
-           "test_probe_live.py")
+WAITING = ("test_agent_live.py", "test_apiserver.py", "test_lock_live.py", "test_preflight_live.py", "test_probe_live.py")
+# Node agents under a storm of pods, and over all that can happen to strict mode: minutes.
+LONG = ("test_agent_pods_live.py", "test_agent_strict_live.py")
 
 
-def live_tests(context, waiting):
-    """pytest on those tests with real devices that wait, or on the others."""
+def live_tests(context, chosen):
+    """pytest on those tests with real devices whose file name is ``chosen``."""
     need_root()
     prepare.debian_packages("iproute2", "iputils-ping", "nftables", "wireguard-go", "wireguard-tools")
-    files = [path for path in test_files("api") + test_files("live") if (path.name in WAITING) == waiting]
+    files = [path for path in test_files("api") + test_files("live") if chosen(path.name)]
     return pytest(context, *files, pythonpath=[tree(context).parents[2]])
 
 
 @check("live", timeout=900, cores=0)
 def live(context):
     """Modules against WireGuard devices and routes in network namespaces."""
-    return live_tests(context, waiting=False)
+    return live_tests(context, lambda name: name not in WAITING + LONG)
 
 
 @check("live", timeout=900, cores=0)
 def live_waiting(context):
     """Node agents, probes, preflight and locks: what waits for others, in network namespaces; and the API server of the tests."""
-    return live_tests(context, waiting=True)
+    return live_tests(context, WAITING.__contains__)
+
+
+@check("live-agent", timeout=1500, cores=2)
+def live_agent(context):
+    """Node agents in network namespaces while pods come and go, and under strict mode."""
+    return live_tests(context, LONG.__contains__)
 
 
 def kernel_tests(context, *selection):
