@@ -176,7 +176,8 @@ class ActionModule(ActionBase):
         warnings.extend("host %s is not the name of a node, but most likely node %s: set mesh_node_name" % pair
                         for pair in sorted(missing["suggestions"].items()))
         result = self._report(args, document, previous)
-        result.update(source=source, source_reason=why, missing=missing, warnings=warnings)
+        result.update(source=source, source_reason=why, missing=missing, warnings=warnings,
+                      to_examine=_membership.nodes_to_examine(document, previous, settings, args["pod_source"]))
         if source in ("kubernetes", "kubectl", "file"):
             result["annotations"] = _published_keys.annotation_changes(candidates, document)
         return result
@@ -219,7 +220,9 @@ class ActionModule(ActionBase):
         info = own.pop(info_variable, None)
         # one that failed, or was skipped, says nothing
         if isinstance(info, dict) and isinstance(info.get("generations"), list):
-            own["generations"] = [str(item.get("generation")) for item in info["generations"] if isinstance(item, dict)]
+            found = [item for item in info["generations"] if isinstance(item, dict)]
+            own["generations"] = [str(item.get("generation")) for item in found]
+            own["live_keys"] = [item["public_key"] for item in found if item.get("public_key")]
         return dict(own, unresolved=unresolved) if unresolved else own
 
     @staticmethod

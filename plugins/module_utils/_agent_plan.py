@@ -191,7 +191,7 @@ def _settings(name, remembered):
     unresolved = ["mesh_endpoint", "mesh_keepalive", "mesh_mtu"]
     unresolved += ["mesh_" + field for field in ("pod_cidrs", "node_addresses") if name in remembered["kept"][field]]
     return {"host": name, "explicit_name": False, "unresolved": tuple(unresolved), "public_keys": {}, "endpoints": None, "keepalive": None,
-            "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None, "generations": None}
+            "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None, "generations": None, "live_keys": frozenset()}
 
 
 def _with_news(candidate, entry, own, remembered, generation):

@@ -421,10 +421,21 @@ def _facts_settings(host, facts, variable, settings, problems):
             settings["document"] = {"serial": serial, "sha256": str(_dict(document).get("sha256") or "")}
 
 
+def _public_keys(values):
+    """Those of ``values`` that are public keys. What a node says of its devices is data, and a device without a key has none."""
+    found = set()
+    for value in values:
+        try:
+            found.add(canonical_public_key(value))
+        except MeshError:
+            continue
+    return frozenset(found)
+
+
 def _settings_of_host(host, given, facts_variable, problems):
     own = {"host": host, "explicit_name": "mesh_node_name" in given, "unresolved": tuple(given.get("unresolved", ())), "public_keys": {},
            "endpoints": None, "keepalive": None, "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None,
-           "generations": given.get("generations")}
+           "generations": given.get("generations"), "live_keys": _public_keys(given.get("live_keys", ()))}
     where = "host %s, " % host
     if "mesh_endpoint" in given:
         own["endpoints"] = _endpoints(_texts(given["mesh_endpoint"]), where + "mesh_endpoint", "correct it", problems)
@@ -445,10 +456,11 @@ def settings_of_hosts(hosts, facts_variable="mesh_node_facts"):
 
     ``hosts``: ``{inventory name: {variable: value}}`` with the variables of ``HOST_VARIABLES`` and ``facts_variable``; what a host does
     not have is absent, ``unresolved`` lists variables that could not be computed in this run, ``generations`` those of which anything was
-    found on the host in this run (a list of "0" and "1"). Settings of a node::
+    found on the host in this run (a list of "0" and "1"), ``live_keys`` the public keys of the mesh devices that are there now. Settings of
+    a node::
 
         {"host", "explicit_name", "unresolved", "endpoints", "keepalive", "mtu", "pod_cidrs", "node_addresses", "public_keys", "document",
-         "generations"}
+         "generations", "live_keys": set}
 
     with None for what is not set. Two hosts with one node name are a problem.
     """
@@ -777,6 +789,51 @@ def _check_previous(candidates, previous, options, problems, warnings):
                         % name_list(again))
 
 
+def _check_identities(nodes, previous, settings, problems):
+    """Does the machine behind a host have the key of another node?
+
+    A node keeps its key, and others may send to it by that key: taken as another node's, each of the two would be sent what is for the
+    other. Only a name that is not used any more gives its key away: one that is gone from the node list, or excluded.
+    """
+    if previous is None:
+        return
+    owners = {key: name for name, entry in previous["nodes"].items() for key in entry["public_keys"].values()
+              if name in nodes and nodes[name]["state"] != "excluded"}
+    has = {name: own["live_keys"] | set(own["public_keys"].values()) for name, own in settings.items() if name in nodes}
+    for name in sorted(has):
+        found = {owners[key]: key for key in sorted(has[name]) if owners.get(key, name) != name}
+        for owner, key in sorted(found.items()):
+            host, other = settings[name]["host"], settings[owner]["host"] if owner in settings else owner
+            if key in has.get(owner, ()):
+                problems.append("hosts %s and %s: both have public key %s, which is that of node %s in the last mesh document; if both are"
+                                " the same machine, correct ansible_host of one; if %s is a copy of the other, remove its mesh devices,"
+                                " /etc/kubemesh and the keys in /etc/wireguard, and run the playbook again"
+                                % (host, other, key, owner, host))
+                continue
+            problems.append("hosts %s and %s are mixed up: host %s, which is to be node %s, has public key %s, which is that of node %s in"
+                            " the last mesh document; correct ansible_host or mesh_node_name; if that machine was registered anew as %s,"
+                            " delete the Node %s, or name it in exclude_nodes or forget_nodes"
+                            % (host, other, host, name, key, owner, name, owner))
+
+
+def nodes_to_examine(document, previous, settings, pod_source):
+    """Names of nodes of the last document of which ``document`` says something else that only the node itself can confirm, sorted: node
+    addresses, pod CIDRs, or a key that is in use there and that the last document does not know.
+
+    Pod CIDRs that follow the pods come from the pods themselves, so they need no look.
+    """
+    fields = ("node_addresses", "pod_cidrs") if pod_source == NODE_CIDRS else ("node_addresses",)
+    found = []
+    for name, before in (previous["nodes"] if previous is not None else {}).items():
+        entry, own = document["nodes"].get(name), settings.get(name)
+        if entry is None or entry["state"] == "excluded":
+            continue
+        strange = own is not None and own["live_keys"] - set(before["public_keys"].values())
+        if strange or any(set(entry[field]) != set(before[field]) for field in fields):
+            found.append(name)
+    return sorted(found)
+
+
 def _check_pod_cidrs(nodes, previous, pod_source, problems, warnings):
     """Does anybody have a pod CIDR? A query that matches nothing, or a cluster that has none, would leave all traffic of pods in clear."""
     takes_part = {name for name, entry in nodes.items() if entry["state"] != "excluded"}
@@ -868,6 +925,7 @@ def build_document(members, keys, previous, options=None):
         nodes[name] = _entry(candidate, options["settings"].get(name), keys.get(name, {}), before.get(name), options, problems, warnings)
     # What did not change is the same object in both: an agent has several documents of 5,000 nodes in memory, and checks what is new.
     nodes = {name: before[name] if entry == before.get(name) else entry for name, entry in nodes.items()}
+    _check_identities(nodes, previous, options["settings"], problems)
     _check_pod_cidrs(nodes, previous, options["pod_source"], problems, warnings)
     unknown = sorted(set(options["exclude_nodes"]) - set(nodes))
     if unknown:

@@ -195,7 +195,7 @@ def data_path_findings(facts, settings):
     if found is not None and found["level"] and not (follows and found["level"] == "warning"):
         yield finding(found["level"], "data path", node, "%s: %s" % (found["name"], found["why"]), found["remedy"], found["name"])
         return
-    outside = pods_outside(facts["pod_routes"], settings["pod_cidrs"])
+    outside = pods_outside(facts["pod_routes"], settings["pod_cidrs"], facts["last_pod_cidrs"])
     if outside:
         prefixes = _some(["%s (%s)" % (item["prefix"], item["device"]) for item in outside])
         if follows:
@@ -206,7 +206,7 @@ def data_path_findings(facts, settings):
                 outside[0]["prefix"])
             return
         yield finding("error", "pod CIDRs", node, "the CNI gives pods of this node addresses that are not in its pod CIDRs %s: %s" % (
-            ", ".join(settings["pod_cidrs"]), prefixes),
+            ", ".join(settings["pod_cidrs"]) or "(it has none)", prefixes),
             "name the prefixes that its pods really use (mesh_pod_cidrs, mesh_pod_cidrs_query), or let the CNI use those of the Node "
             "object: peers drop packets from other addresses", outside[0]["prefix"])
     elif "calico-ipam" in facts["cni"]["ipams"] and not follows:
@@ -221,14 +221,16 @@ def data_path_findings(facts, settings):
             "(subnet: usePodCidr); or an IPPool for each node, named in mesh_pod_cidrs", "calico-ipam")
 
 
-def pods_outside(pod_routes, pod_cidrs):
-    """Those of ``pod_routes`` that lie outside the pod CIDRs of their family; none where a family has no pod CIDR."""
-    cidrs = [ipaddress.ip_network(text) for text in pod_cidrs]
+def pods_outside(pod_routes, pod_cidrs, last_pod_cidrs=()):
+    """Those of ``pod_routes`` that lie outside the pod CIDRs of their family; none where a family has no pod CIDR, unless they lie in
+    ``last_pod_cidrs``: peers would not take packets any more that they take now."""
+    cidrs, last = [ipaddress.ip_network(text) for text in pod_cidrs], [ipaddress.ip_network(text) for text in last_pod_cidrs]
     outside = []
     for item in pod_routes:
         prefix = ipaddress.ip_network(item["prefix"], strict=False)
-        same = [cidr for cidr in cidrs if cidr.version == prefix.version]
-        if same and not any(prefix.subnet_of(cidr) for cidr in same):
+        now, before = ([cidr for cidr in some if cidr.version == prefix.version] for some in (cidrs, last))
+        judged = now or any(prefix.subnet_of(cidr) for cidr in before)
+        if judged and not any(prefix.subnet_of(cidr) for cidr in now):
             outside.append(item)
     return outside
 

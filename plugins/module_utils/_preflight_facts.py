@@ -25,7 +25,7 @@ import sys
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _persist, _underlay
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._interface import USERSPACE_COMMANDS, kernel_has_wireguard
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES, MeshError
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_sysctl, read_text
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_document, read_sysctl, read_text
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._wg import client_for, device_names
 
 TOOLS = ("ip", "wg", "wg-quick")
@@ -52,6 +52,7 @@ def read_facts(system, settings):
         "systemd": os.path.isdir("/run/systemd/system"),
         "tools": {name: system.path(name) is not None for name in TOOLS},
         "mesh_document": os.path.exists(DOCUMENT_FILE),
+        "last_pod_cidrs": last_pod_cidrs(settings["node"]),
         "fips": read_sysctl("crypto/fips_enabled") == "1",
         "ipv6": _ipv6(),
         "foreign_files": foreign_files(settings["interface"]),
@@ -71,6 +72,15 @@ def read_facts(system, settings):
     facts["marks"] = mark_lines([system.try_run(argv)[1] for argv in (
         ["nft", "--terse", "list", "ruleset"], ["iptables-save"], ["ip6tables-save"])])
     return facts
+
+
+def last_pod_cidrs(node):
+    """The pod CIDRs of this node in the mesh document that it keeps; none where that is missing or damaged."""
+    try:
+        document = read_document(DOCUMENT_FILE)
+    except MeshError:
+        return []
+    return document["nodes"][node]["pod_cidrs"] if node in document["nodes"] else []
 
 
 def _has_ip_json(system):

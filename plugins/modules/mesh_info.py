@@ -105,8 +105,8 @@ document:
 generations:
   description:
     - What there is of each generation of keys, device, key file and its age in seconds, files that restore it at boot, number of routes
-      through it, and the UDP port and the mark that the device has now (null where there is no device). More than one while keys are
-      rotated.
+      through it, and the UDP port, the mark and the public key that the device has now (null where there is no device). More than one
+      while keys are rotated.
   returned: always
   type: list
   elements: dict
@@ -121,6 +121,7 @@ generations:
       routes: 8
       listen_port: 51840
       fwmark: 4096
+      public_key: 3oyfWcA0BzSzFxyAG0tXnBEnzTcFVwJ0TCyKkS2qzVo=
 restored:
   description:
     - What files of the mesh restore at boot, whatever O(interface) and O(table) say. A mesh that was made with other settings is found by
@@ -418,7 +419,8 @@ def look(params, system):
             {"generation": item["generation"], "name": item["name"], "device": item["link"] is not None, "key": item["key"],
              "key_age": item["key_age"], "preshared_keys": item["preshared_keys"], "boot": item["boot"], "routes": item["routes"],
              "listen_port": item["state"]["listen_port"] if item["state"] else None,
-             "fwmark": item["state"]["fwmark"] if item["state"] else None} for item in there],
+             "fwmark": item["state"]["fwmark"] if item["state"] else None,
+             "public_key": item["state"]["public_key"] if item["state"] else None} for item in there],
         "restored": {"devices": restored_devices(), "table": live_routes.stored_table()},
         "rule_fwmark": next((rule["not_fwmark"] for rule in routes["rules"] if rule["not_fwmark"]), None),
         "ipv6": live_device.has_ipv6(),

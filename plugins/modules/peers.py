@@ -110,6 +110,8 @@ options:
       - Name of the variable that holds what M(kubemesh.wireguard.mesh_info) returned of a node in this run. It is never templated.
       - An annotation with a key of a generation of which nothing is on its node, and which the last document does not have either, does not
         count then. It is left over from a run that could not remove it.
+      - A host whose mesh device has the key that the last document gives to another node of the mesh is refused, because then hosts are
+        mixed up in the inventory.
     type: str
   previous:
     description:
@@ -362,6 +364,14 @@ excluded:
   returned: unless O(discover=true)
   type: dict
   sample: {"win-1": "runs Windows"}
+to_examine:
+  description:
+    - Nodes of the last document that have other node addresses or pod CIDRs now, or that use a public key which it does not know.
+    - Whether that is right can only be seen on the node, by M(kubemesh.wireguard.preflight). Pod CIDRs that follow the pods do not count.
+  returned: unless O(discover=true)
+  type: list
+  elements: str
+  sample: [worker-2]
 missing:
   description: Where the node list and the inventory do not match.
   returned: unless O(discover=true)

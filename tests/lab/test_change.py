@@ -21,11 +21,13 @@ from harness import (
     Watched,
     all_encrypted,
     assert_encrypted,
+    differences,
     infos,
     keep_on_failure,
     made,
     playbook,
     text_of,
+    traces,
     wire,
 )
 
@@ -59,6 +61,13 @@ def node_list(lab, change):
     return ["-e", "mesh_nodes_source=file", "-e", "mesh_nodes_file=%s" % path]
 
 
+def hosts_with(lab, hosts):
+    """The arguments that add variables of hosts to the inventory."""
+    path = lab.state / "more.yml"
+    path.write_text(json.dumps({"all": {"hosts": hosts}}))
+    return ["-e", "mesh_nodes_source=inventory", "-i", str(path)]
+
+
 def behind(lab, node):
     """{peer: its allowed IPs without the probe address} of a node."""
     return {row["name"]: [text for text in row["addresses"] if not text.startswith("fe80:")] for row in infos(lab)[node]["peers"]}
@@ -79,14 +88,12 @@ def test_prefixes_and_addresses_come_and_are_swapped_and_go(lab):
     before = sessions(lab, "node-1")
 
     def owned_by(owners):
-        path = lab.state / "more.yml"
         hosts = {node: {"mesh_pod_cidrs": [*lab.pod_cidrs(node).values()], "mesh_node_addresses": [*lab.node_addresses(node).values()]}
                  for node in lab.nodes}
         for owner, (cidr, address) in zip(owners, MOVING):
             hosts[owner]["mesh_pod_cidrs"].append(cidr)
             hosts[owner]["mesh_node_addresses"].append(address)
-        path.write_text(json.dumps({"all": {"hosts": hosts}}))
-        return ["-e", "mesh_nodes_source=inventory", "-i", str(path)]
+        return hosts_with(lab, hosts)
 
     with Watched(lab):
         for owners in (["node-2", "node-3"], ["node-3", "node-2"], []):
@@ -96,6 +103,33 @@ def test_prefixes_and_addresses_come_and_are_swapped_and_go(lab):
                 for text in (cidr, address + "/32"):
                     assert [peer for peer in found if text in found[peer]] == owners[number: number + 1], (text, found)
     assert go_on(before, sessions(lab, "node-1"))
+
+
+def test_mixed_up_hosts_are_refused(lab):
+    """The inventory names the machine of one node as the other's: seen by its key, whatever is run, and before anything is changed."""
+    before = {node: traces(lab, node) for node in lab.nodes}
+    address = {node: next(iter(lab.node_addresses(node).values())) for node in lab.nodes}
+    mixed = hosts_with(lab, {"node-2": {"ansible_host": address["node-3"]}, "node-3": {"ansible_host": address["node-2"]}})
+    with Watched(lab):
+        for name, more in (("reconcile", []), ("rotate_keys", []), ("enable", ["-e", "mesh_preflight=false"]),
+                           ("reconcile", ["--limit", "node-1,node-2"])):
+            run = playbook(lab, name, *mixed, *more, rc=2)
+            for word in ("hosts node-2 and node-3 are mixed up", "ansible_host", "nothing was changed"):
+                assert word in run.text, (name, word, run.text[-3000:])
+    assert [line for node in lab.nodes for line in differences(before[node], traces(lab, node))] == []
+
+
+def test_a_pod_cidr_that_pods_still_live_in_is_kept(lab):
+    """Another pod CIDR of a node, while its pods have the addresses that they had; and a family of which it is to have none any more."""
+    before = {node: traces(lab, node) for node in lab.nodes}
+    cidrs = lab.pod_cidrs("node-3")
+    with Watched(lab):
+        for given, taken in (({"ipv4": "10.244.33.0/24", "ipv6": cidrs["ipv6"]}, cidrs["ipv4"]), ({"ipv4": cidrs["ipv4"]}, cidrs["ipv6"])):
+            run = playbook(lab, "reconcile", *hosts_with(lab, {"node-3": {"mesh_pod_cidrs": list(given.values())}}), rc=2)
+            for word in ("node-3", "the CNI gives pods of this node addresses that are not in its pod CIDRs", taken.split("/")[0][:-1],
+                         "nothing was changed"):
+                assert word in run.text, (word, run.text[-3000:])
+    assert [line for node in lab.nodes for line in differences(before[node], traces(lab, node))] == []
 
 
 def keys(lab):

@@ -317,7 +317,7 @@ class TestHosts:
         assert found == {"worker-1": {
             "host": "worker-1", "explicit_name": False, "unresolved": (), "endpoints": [{"address": "203.0.113.7", "port": 5000}],
             "keepalive": 25, "mtu": 1380, "pod_cidrs": ["10.9.0.0/24"], "node_addresses": ["198.18.0.1"], "public_keys": {"0": key(1)},
-            "document": {"serial": 7, "sha256": "ab"}, "generations": None}}
+            "document": {"serial": 7, "sha256": "ab"}, "generations": None, "live_keys": frozenset()}}
 
     def test_nothing_set(self):
         own = settings_of(worker_1={"mesh_mtu": "auto", "mesh_endpoint": None, "mesh_node_facts": {}})["worker-1"]
@@ -503,6 +503,89 @@ class TestKeys:
         assert built(members, {"worker-1": {"1": key(2)}}, previous, settings=settings)["nodes"]["worker-1"]["public_keys"] == chosen
         both = built(cluster(1), {"worker-1": {"0": key(1), "1": key(2)}})
         assert built(members, {}, both, settings=settings) == both, "a rotation that is not over"
+
+
+def live(**numbers):
+    """Settings of hosts whose mesh devices have these keys now."""
+    return settings_of(**{host: {"live_keys": [key(number)]} for host, number in numbers.items()})
+
+
+class TestIdentities:
+    """A machine that has the key of another node is that node, whatever the inventory calls it."""
+
+    @pytest.mark.parametrize(("settings", "known", "others"), [
+        (live(worker_2=3, worker_3=2), {}, ["worker-3", "worker-2"]),
+        (live(worker_2=3), {}, ["worker-3"]),                      # the other one is not part of this run, or not reached
+        (live(worker_2=3, worker_3=9), {}, ["worker-3"]),          # nor is it any better with a key of which nobody knows
+        (settings_of(worker_2={"mesh_node_facts": {"public_keys": {"0": key(3)}}}), keys(2), ["worker-3"]),  # the device is gone
+        (settings_of(host_b={"mesh_node_name": "worker-2", "live_keys": ["junk", key(3)]}), {}, ["worker-3"]),
+    ])
+    def test_mixed_up_hosts_are_refused(self, settings, known, others):
+        previous = built(cluster(1, 2, 3), keys(1, 2, 3))
+        for complete in (True, False):
+            problems = problems_of(cluster(1, 2, 3), known, previous, settings=settings, complete=complete)
+            assert len(problems) == len(others)
+            for name, problem, other in zip(sorted(settings), problems, others):
+                assert problem.startswith("hosts %s and %s are mixed up: host %s, which is to be node %s, has public key %s" % (
+                    settings[name]["host"], other, settings[name]["host"], name, key(int(other[-1]))))
+                assert "correct ansible_host or mesh_node_name" in problem
+
+    def test_a_new_host_that_is_the_machine_of_a_member(self):
+        previous = built(cluster(1, 2), keys(1, 2))
+        problem, = problems_of(cluster(1, 2, 3), {}, previous, settings=live(worker_2=2, worker_3=2))
+        assert problem.startswith("hosts worker-3 and worker-2: both have public key " + key(2)) and "ansible_host" in problem
+
+    def test_one_that_is_excluded_would_be_taken_out_on_the_wrong_machine(self):
+        previous = built(cluster(1, 2, 3), keys(1, 2, 3))
+        problem, = problems_of(cluster(1, 2, 3), {}, previous, settings=live(worker_2=3), exclude_nodes=["worker-2"])
+        assert "hosts worker-2 and worker-3 are mixed up" in problem
+
+    @pytest.mark.parametrize(("members", "options"), [
+        ((1, 2), {}),                                                          # the old Node object is gone
+        ((1, 2), {"complete": False, "forget_nodes": ["worker-3"]}),
+        ((1, 2, 3), {"exclude_nodes": ["worker-3"]}),
+    ])
+    def test_a_machine_under_another_name(self, members, options):
+        previous = built(cluster(1, 3), keys(1, 3))
+        document, dummy = build(cluster(*members), {"worker-2": {"0": key(3)}}, previous, settings=live(worker_1=1, worker_2=3), **options)
+        assert document["nodes"]["worker-2"]["public_keys"] == {"0": key(3)}
+
+    def test_a_new_key_of_the_same_node(self):
+        """Installed anew or rotated: nobody else has that key."""
+        previous = built(cluster(1, 2), keys(1, 2))
+        document, dummy = build(cluster(1, 2), {"worker-2": {"0": key(9)}}, previous, settings=live(worker_1=1, worker_2=9))
+        assert document["nodes"]["worker-2"]["public_keys"] == {"0": key(9)}
+        assert build(cluster(1, 2), {}, None, settings=live(worker_1=2, worker_2=1)), "no document says whose they are"
+
+    def test_what_two_nodes_swap_but_their_keys(self):
+        """Prefixes and addresses may move between nodes: the keys stay where they are."""
+        previous = built(cluster(1, 2), keys(1, 2))
+        swapped = candidates(node(1, addresses=["198.18.0.2"], cidrs=["10.244.2.0/24"]),
+                             node(2, addresses=["198.18.0.1"], cidrs=["10.244.1.0/24"]))
+        own = live(worker_1=1, worker_2=2)
+        document = built(swapped, keys(1, 2), previous, settings=own)
+        assert _membership.nodes_to_examine(document, previous, own, "node_cidrs") == ["worker-1", "worker-2"]
+
+
+class TestToExamine:
+
+    @pytest.mark.parametrize(("changed", "own", "pod_source", "expected"), [
+        ({}, live(worker_1=1, worker_2=2), "node_cidrs", []),
+        ({}, {}, "node_cidrs", []),                                            # hosts that are not part of this run
+        ({}, live(worker_1=1, worker_2=9), "node_cidrs", ["worker-2"]),
+        ({"cidrs": ["10.244.33.0/24"], "uid": "again"}, {}, "node_cidrs", ["worker-2"]),
+        ({"uid": "again"}, {}, "node_cidrs", []),
+        ({"cidrs": ["10.244.33.0/24"]}, {}, "pods", []),
+        ({"addresses": ["198.18.0.99"]}, {}, "pods", ["worker-2"]),
+        ({"addresses": ["198.18.0.2", "2001:db8::2", "198.18.0.99"]}, {}, "node_cidrs", ["worker-2"]),
+        ({"annotations": {"kubemesh.wireguard/excluded": "true"}, "addresses": ["198.18.0.99"]}, {}, "node_cidrs", []),
+    ])
+    def test_what_is_new_about_a_node(self, changed, own, pod_source, expected):
+        previous = built(cluster(1, 2), keys(1, 2))
+        # One that is new has no mesh yet and is examined anyway.
+        document, dummy = build(candidates(node(1), node(2, **changed), node(3)), keys(1, 2), previous, settings=own, pod_source=pod_source)
+        assert _membership.nodes_to_examine(document, previous, own, pod_source) == expected
+        assert _membership.nodes_to_examine(document, None, own, pod_source) == []
 
 
 class TestMembership:

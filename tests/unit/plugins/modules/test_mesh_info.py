@@ -104,7 +104,7 @@ def test_which_document_and_which_generations(host, run):
         "serial": 1, "generation": 0, "ports": {"0": 51840, "1": 51841}, "sha256": _mesh.document_sha256(host.doc)}
     assert result["generations"] == [
         {"generation": 0, "name": "wgmesh0", "device": True, "key": False, "key_age": None, "preshared_keys": False, "boot": False,
-         "routes": 4, "listen_port": 51840, "fwmark": 4096}]
+         "routes": 4, "listen_port": 51840, "fwmark": 4096, "public_key": result["device"]["public_key"]}]
     assert result["encrypts"] == "pods"
 
 

@@ -15,7 +15,7 @@ from ansible_collections.kubemesh.wireguard.plugins.modules import preflight
 CLEAN = {
     "uid": 0, "python": [3, 11, 2], "kernel": "6.1.0", "modules_present": True, "systemd": True,
     "tools": {"ip": True, "wg": True, "wg-quick": True, "ip_json": True},
-    "mesh_document": False, "fips": False, "ipv6": "on", "foreign_files": [], "readonly": [],
+    "mesh_document": False, "last_pod_cidrs": [], "fips": False, "ipv6": "on", "foreign_files": [], "readonly": [],
     "cni": {"types": ["flannel"], "ipams": []}, "wireguard": {"kernel": True, "userspace": "", "tun": True},
     "links": [], "addresses": [], "rules": [], "routes": {}, "pod_routes": [], "wg_devices": {}, "udp": [], "responder_ports": [],
     "marks": [],
