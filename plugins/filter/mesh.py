@@ -13,7 +13,7 @@ import hashlib
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings, _status
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _psk, _settings, _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document, some_of
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted_results
 
@@ -469,6 +469,7 @@ class FilterModule:
             "batch_problems": batch_problems,
             "probe_method": probe_method,
             "progress": progress,
+            "psk_secret_fault": _psk.secret_fault,
             "run_summary": run_summary,
             "slice_fault": slice_fault,
             "all_findings": all_findings,
