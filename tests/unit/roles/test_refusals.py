@@ -49,3 +49,14 @@ def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_show
         assert words in text, words
     # It is in the file of variables, and no word of it is in what the run says with -vvv.
     assert WEAK not in text
+
+
+@pytest.mark.parametrize("strategy", ["free", "host_pinned"])
+def test_a_strategy_that_lets_hosts_run_ahead_is_refused(tmp_path, strategy):
+    playbook = tmp_path / "own.yml"
+    playbook.write_text(json.dumps([{
+        "hosts": "k8s_cluster", "gather_facts": False, "strategy": strategy, "tasks": [
+            {"name": "Enable", "ansible.builtin.import_role": {"name": "kubemesh.wireguard.mesh", "tasks_from": "main"}}]}]))
+    code, text = run(tmp_path, playbook=playbook)
+    assert code != 0 and "Refuse a play with strategy free: the stages of the mesh need all nodes" in text, text
+    assert "TASK [kubemesh.wireguard.mesh : Claim" not in text and "UNREACHABLE" not in text
