@@ -25,7 +25,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan im
 # The number of the generation follows, and a device has at most 15 characters (IFNAMSIZ, include/uapi/linux/if.h). The name is part of
 # file names and of names of units: what systemd or a shell would read otherwise is left out.
 _STEM = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,13}")
-_NUMBERS = ("table", "port", "rule_priority", "fwmark", "confirm_timeout")
+_NUMBERS = ("table", "port", "rule_priority", "fwmark", "confirm_timeout", "lock_wait")
 # Their order says nothing.
 _LISTS = ("exempt_cidrs", "exempt_nodes", "admin_ports")
 # Says something where strict mode is on only.
@@ -33,7 +33,7 @@ _OF_STRICT_MODE = ("exempt_nodes", "admin_ports")
 # Where foreign rules are in the way on one node, its own can differ: nobody else sees them.
 _OF_A_NODE = ("rule_priority",)
 # Says how this run works, and nothing of it stays on a node.
-_OF_A_RUN = ("confirm_timeout", "probe_timeout", "psk_secret_fault")
+_OF_A_RUN = ("confirm_timeout", "lock_wait", "probe_timeout", "psk_secret_fault")
 NAMED = 5
 
 
@@ -66,6 +66,11 @@ def normalized(settings):
 def faults_of(settings):
     """Faults in the settings of one host, without regard to the others; settings that are missing are not looked at."""
     found = [stem_fault(settings["interface"])] if "interface" in settings else []
+    # The next one is used during a rotation of keys.
+    if not 1 <= settings.get("port", 1) <= 65534:
+        found.append("mesh_port: %d is no UDP port with one after it; take a number from 1 to 65534" % settings["port"])
+    if settings.get("lock_wait", 0) < 0:
+        found.append("mesh_lock_wait: %d: it is a number of seconds, and 0 does not wait" % settings["lock_wait"])
     if "rule_priority" in settings:
         try:
             check_settings(dict(settings, exempt_cidrs=()))

@@ -10,7 +10,7 @@ import pytest
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings
 
 GOOD = {"interface": "wgmesh", "table": 51840, "port": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "strict": False,
-        "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22], "confirm_timeout": 30, "probe_timeout": 15.0,
+        "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22], "confirm_timeout": 30, "probe_timeout": 15.0, "lock_wait": 0,
         "psk_secret_fault": ""}
 
 
@@ -34,6 +34,8 @@ def test_what_is_no_stem(stem):
     ({"exempt_cidrs": ["nonsense"]}, ["mesh_exempt_cidrs", "nonsense"]),
     ({"exempt_cidrs": ["0.0.0.0/0"]}, ["mesh_exempt_cidrs", "0.0.0.0/0", "mesh_encrypt=pods"]),
     ({"exempt_cidrs": ["::/0"]}, ["mesh_exempt_cidrs", "::/0"]),
+    ({"port": 0}, ["mesh_port: 0", "65534"]), ({"port": 65535}, ["mesh_port: 65535"]), ({"port": 70000}, ["mesh_port: 70000"]),
+    ({"port": 1}, []), ({"port": 65534}, []), ({"lock_wait": -1}, ["mesh_lock_wait: -1"]), ({"lock_wait": 600}, []),
     ({"confirm_timeout": 3}, ["mesh_confirm_timeout", "3"]), ({"confirm_timeout": 3601}, ["mesh_confirm_timeout", "3601"]),
     ({"confirm_timeout": -1}, ["mesh_confirm_timeout", "-1"]), ({"confirm_timeout": 0}, []), ({"confirm_timeout": 5}, []),
     ({"probe_timeout": -1.0}, ["mesh_probe_timeout", "-1"]), ({"probe_timeout": 0.0}, ["mesh_probe_timeout", "0"]),
@@ -66,7 +68,8 @@ def test_settings_that_differ():
 
 
 def test_what_need_not_be_the_same():
-    hosts = {"a": dict(GOOD), "b": dict(GOOD, rule_priority=500, admin_ports=[2222], exempt_nodes=[], confirm_timeout=60, probe_timeout=5.0)}
+    hosts = {"a": dict(GOOD), "b": dict(GOOD, rule_priority=500, admin_ports=[2222], exempt_nodes=[], confirm_timeout=60, probe_timeout=5.0,
+                                      lock_wait=600)}
     assert _settings.settings_faults(hosts) == [], "ports and nodes count under strict mode only"
     for settings in hosts.values():
         settings["strict"] = True
