@@ -86,8 +86,8 @@ def check_secret(secret):
 
 
 def secret_text(secret):
-    """The text of a secret as Ansible has it: a vaulted one decrypts itself when it becomes text. What is a structure or a number stays one,
-    as its text is no secret that anybody has chosen.
+    """The text of a secret as Ansible has it: a vaulted one decrypts itself when it becomes text. What is a structure or a number stays
+    one, as its text is no secret that anybody has chosen.
     """
     return secret if isinstance(secret, (dict, list, tuple, int, float)) else str(secret)
 

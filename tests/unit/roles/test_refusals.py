@@ -46,10 +46,17 @@ def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_show
     code, text = run(tmp_path, {"mesh_confirm_timeout": 3, "mesh_probe_timeout": -1, "mesh_psk_secret": WEAK, "mesh_port": 0,
                                 "mesh_lock_wait": -1})
     assert code == 2 and "unreachable=1" not in text, text
-    for words in ("mesh_confirm_timeout: 3", "mesh_probe_timeout: -1", "mesh_port: 0", "mesh_lock_wait: -1", "(mesh_psk_secret) has 20 characters"):
+    for words in ("mesh_confirm_timeout: 3", "mesh_probe_timeout: -1", "mesh_port: 0", "mesh_lock_wait: -1",
+                  "(mesh_psk_secret) has 20 characters"):
         assert words in text, words
     # It is in the file of variables, and no word of it is in what the run says with -vvv.
     assert WEAK not in text
+
+
+def test_nothing_stays_on_the_controller_where_no_host_can_be_reached(tmp_path):
+    code, text = run(tmp_path)
+    assert code == 4 and text.count("unreachable=1") == 3, text
+    assert not [path for path in tmp_path.rglob("kubemesh.*")]
 
 
 @pytest.mark.parametrize("strategy", ["free", "host_pinned"])

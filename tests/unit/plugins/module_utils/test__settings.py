@@ -10,8 +10,8 @@ import pytest
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings
 
 GOOD = {"interface": "wgmesh", "table": 51840, "port": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "strict": False,
-        "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22], "confirm_timeout": 30, "probe_timeout": 15.0, "lock_wait": 0,
-        "psk_secret_fault": ""}
+        "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22], "confirm_timeout": 30, "probe_timeout": 15.0,
+        "lock_wait": 0, "psk_secret_fault": ""}
 
 
 @pytest.mark.parametrize("stem", ["wgmesh", "w", "wg_mesh2", "wg-mesh", "A" * 14])
