@@ -64,9 +64,7 @@ class ActionModule(ActionBase):
             with open(source, "rb") as handle:
                 # Written by kubemesh.wireguard.peers and judged again on every node; to judge it here once for each node takes too long.
                 document = json.load(handle)
-            # A vaulted text decrypts itself when it becomes text. Anything else would be the text of a structure.
-            text = secret if isinstance(secret, (dict, list, tuple, int, float)) else str(secret)
-            return _psk.keys_of_node(document, str(node), generation, text)
+            return _psk.keys_of_node(document, str(node), generation, _psk.secret_text(secret))
         except MeshError as exc:
             raise AnsibleActionFail(str(exc)) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:

@@ -13,7 +13,7 @@ import hashlib
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings, _status
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _psk, _settings, _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document, some_of
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted_results
 
@@ -275,6 +275,27 @@ def membership_lines(computed):
     return lines + list(computed["changes"])
 
 
+def _key_ages(infos):
+    """{generation: ages in seconds of its keys} of what `mesh_info` told of hosts."""
+    ages = {}
+    for info in infos:
+        for item in info.get("generations") or []:
+            if item["key_age"] is not None:
+                ages.setdefault(int(item["generation"]), []).append(item["key_age"])
+    return ages
+
+
+def rotation_fault(computed, doing, infos, back=False):
+    """Why keys cannot be rotated, or a rotation not be taken back: one line for people, else an empty text. Arguments: `target_generation`."""
+    if doing != "rotate_keys":
+        return ""
+    if not computed["key_generations"]:
+        return "no node has a key yet, so there is nothing to rotate: run the playbook enable"
+    if back and len(_key_ages(infos)) < 2:
+        return "mesh_rotate_back: no node has keys of two generations, so there is no rotation to be taken back"
+    return ""
+
+
 def target_generation(computed, doing, infos, back=False):
     """The generation of keys that a run leads to: 0 or 1.
 
@@ -288,16 +309,11 @@ def target_generation(computed, doing, infos, back=False):
     current, there = int(computed["generation"]), list(computed["key_generations"])
     if doing != "rotate_keys":
         return current
-    if not there:
-        raise AnsibleFilterError("no node has a key yet, so there is nothing to rotate: run the playbook enable")
+    fault = rotation_fault(computed, doing, infos, back)
+    if fault:
+        raise AnsibleFilterError(fault)
     if back:
-        ages = {}
-        for info in infos:
-            for item in info.get("generations") or []:
-                if item["key_age"] is not None:
-                    ages.setdefault(int(item["generation"]), []).append(item["key_age"])
-        if len(ages) < 2:
-            raise AnsibleFilterError("mesh_rotate_back: no node has keys of two generations, so there is no rotation to be taken back")
+        ages = _key_ages(infos)
         return max(ages, key=lambda generation: max(ages[generation]))
     return current if len(there) > 1 else 1 - current
 
@@ -469,6 +485,8 @@ class FilterModule:
             "batch_problems": batch_problems,
             "probe_method": probe_method,
             "progress": progress,
+            "psk_secret_fault": _psk.secret_fault,
+            "rotation_fault": rotation_fault,
             "run_summary": run_summary,
             "slice_fault": slice_fault,
             "all_findings": all_findings,

@@ -85,6 +85,24 @@ def check_secret(secret):
         raise MeshError("the secret for preshared keys (mesh_psk_secret) is not valid text; %s" % REMEDY) from None
 
 
+def secret_text(secret):
+    """The text of a secret as Ansible has it: a vaulted one decrypts itself when it becomes text. What is a structure or a number stays
+    one, as its text is no secret that anybody has chosen.
+    """
+    return secret if isinstance(secret, (dict, list, tuple, int, float)) else str(secret)
+
+
+def secret_fault(secret):
+    """What is wrong with ``mesh_psk_secret``, as a text that tells nothing of it but its length; empty for nothing, and for no secret."""
+    if secret is None or secret == "":
+        return ""
+    try:
+        check_secret(secret_text(secret))
+    except MeshError as exc:
+        return str(exc)
+    return ""
+
+
 def _raw(public_key):
     return base64.b64decode(canonical_public_key(public_key))
 

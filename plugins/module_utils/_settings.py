@@ -9,26 +9,31 @@
 
 Pure: standard library only, no I/O, no clock, Python 3.8 and newer. A fault is one line of text that names variable, value and remedy.
 
-*Settings* are those of one host: {variable of the role without its prefix ``mesh_``: value}.
+*Settings* are those of one host: {variable of the role without its prefix ``mesh_``: value}. The secret for preshared keys is none of them:
+in its place they have ``psk_secret_fault``, what `_psk.secret_fault` found.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._confirm import check_timeout
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import check_settings, exempt_fault
 
 # The number of the generation follows, and a device has at most 15 characters (IFNAMSIZ, include/uapi/linux/if.h). The name is part of
 # file names and of names of units: what systemd or a shell would read otherwise is left out.
 _STEM = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,13}")
-_NUMBERS = ("table", "port", "rule_priority", "fwmark")
+_NUMBERS = ("table", "port", "rule_priority", "fwmark", "confirm_timeout", "lock_wait")
 # Their order says nothing.
 _LISTS = ("exempt_cidrs", "exempt_nodes", "admin_ports")
 # Says something where strict mode is on only.
 _OF_STRICT_MODE = ("exempt_nodes", "admin_ports")
 # Where foreign rules are in the way on one node, its own can differ: nobody else sees them.
 _OF_A_NODE = ("rule_priority",)
+# Says how this run works, and nothing of it stays on a node.
+_OF_A_RUN = ("confirm_timeout", "lock_wait", "probe_timeout", "psk_secret_fault")
 NAMED = 5
 
 
@@ -49,6 +54,8 @@ def normalized(settings):
     for name in _NUMBERS:
         if name in found:
             found[name] = int(found[name])
+    if "probe_timeout" in found:
+        found["probe_timeout"] = float(found["probe_timeout"])
     if "admin_ports" in found:
         found["admin_ports"] = [int(port) if isinstance(port, str) and port.isdigit() else port for port in found["admin_ports"] or ()]
     if "strict" in found:
@@ -59,6 +66,11 @@ def normalized(settings):
 def faults_of(settings):
     """Faults in the settings of one host, without regard to the others; settings that are missing are not looked at."""
     found = [stem_fault(settings["interface"])] if "interface" in settings else []
+    # The next one is used during a rotation of keys.
+    if not 1 <= settings.get("port", 1) <= 65534:
+        found.append("mesh_port: %d is no UDP port with one after it; take a number from 1 to 65534" % settings["port"])
+    if settings.get("lock_wait", 0) < 0:
+        found.append("mesh_lock_wait: %d: it is a number of seconds, and 0 does not wait" % settings["lock_wait"])
     if "rule_priority" in settings:
         try:
             check_settings(dict(settings, exempt_cidrs=()))
@@ -68,6 +80,16 @@ def faults_of(settings):
     for port in settings.get("admin_ports") or ():
         if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
             found.append("mesh_admin_ports: %s is no TCP port; take numbers from 1 to 65535" % shown(port))
+    # 0 is no timer at all.
+    if settings.get("confirm_timeout"):
+        try:
+            check_timeout(settings["confirm_timeout"])
+        except MeshError as exc:
+            found.append(str(exc))
+    probe_timeout = settings.get("probe_timeout", 1)
+    if not (math.isfinite(probe_timeout) and probe_timeout > 0):
+        found.append("mesh_probe_timeout: %s: it is a number of seconds above 0; 15 is the default" % probe_timeout)
+    found.append(settings.get("psk_secret_fault", ""))
     return [fault for fault in found if fault]
 
 
@@ -78,7 +100,7 @@ def differences(settings):
     encrypted or guarded one drops what the other sends; and what a mesh is called and where it has its routes must be known to whoever
     takes it away.
     """
-    found, ignored = [], set(_OF_A_NODE)
+    found, ignored = [], set(_OF_A_NODE + _OF_A_RUN)
     if not any(values.get("strict") for values in settings.values()):
         ignored |= set(_OF_STRICT_MODE)
     for name in sorted({name for values in settings.values() for name in values} - ignored):

@@ -405,6 +405,14 @@ def test_taking_a_rotation_back_leads_to_the_older_keys(current, old):
     assert FILTERS["target_generation"](computed, "rotate_keys", infos, True) == old
 
 
+def test_why_keys_cannot_be_rotated():
+    def fault(keys, infos=(), back=False, doing="rotate_keys"):
+        return FILTERS["rotation_fault"]({"generation": 0, "key_generations": keys}, doing, list(infos), back)
+
+    assert fault([]).startswith("no node has a key yet") and fault([0], [there((0, 5))], True).startswith("mesh_rotate_back: no node")
+    assert fault([0]) == fault([], doing="enable") == fault([0, 1], [there((0, 9000), (1, 10))], True) == ""
+
+
 def test_nothing_to_rotate_and_nothing_to_take_back():
     with pytest.raises(AnsibleFilterError, match="enable"):
         FILTERS["target_generation"]({"generation": 0, "key_generations": []}, "rotate_keys", [])

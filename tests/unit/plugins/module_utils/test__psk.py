@@ -115,6 +115,32 @@ def test_a_weak_secret_is_refused_and_not_shown(weak):
         assert weak.strip() not in text.replace(__file__, "") and repr(weak.strip())[1:-1] not in str(caught.value)
 
 
+@pytest.mark.parametrize("weak", ["x" * 31, "changeme" * 4, " " * 40, 5, {"a": SECRET}])
+def test_the_fault_of_a_secret_is_that_of_the_derivation(weak):
+    with pytest.raises(MeshError) as caught:
+        psk.check_secret(weak)
+    assert psk.secret_fault(weak) == str(caught.value)
+
+
+@pytest.mark.parametrize("good", ["", None, SECRET, SECRET + "\n"])
+def test_no_secret_and_a_good_one_have_no_fault(good):
+    assert psk.secret_fault(good) == ""
+
+
+def test_a_vaulted_secret_is_judged_by_its_text():
+    class Vaulted:
+        """Not text itself, as in ansible-core 2.18."""
+
+        def __init__(self, text):
+            self.text = text
+
+        def __str__(self):
+            return self.text
+
+    assert psk.secret_fault(Vaulted(SECRET)) == ""
+    assert "31 characters" in psk.secret_fault(Vaulted("x" * 31))
+
+
 def test_a_good_secret():
     assert psk.check_secret(SECRET) == SECRET.encode()
     assert psk.check_secret("\n " + SECRET + " \r\n") == SECRET.encode(), "as from a file"

@@ -10,7 +10,8 @@ import pytest
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _settings
 
 GOOD = {"interface": "wgmesh", "table": 51840, "port": 51840, "rule_priority": 400, "fwmark": 4096, "encrypt": "pods", "strict": False,
-        "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22]}
+        "exempt_cidrs": ["192.0.2.0/24"], "exempt_nodes": ["a", "b"], "admin_ports": [22], "confirm_timeout": 30, "probe_timeout": 15.0,
+        "lock_wait": 0, "psk_secret_fault": ""}
 
 
 @pytest.mark.parametrize("stem", ["wgmesh", "w", "wg_mesh2", "wg-mesh", "A" * 14])
@@ -33,6 +34,13 @@ def test_what_is_no_stem(stem):
     ({"exempt_cidrs": ["nonsense"]}, ["mesh_exempt_cidrs", "nonsense"]),
     ({"exempt_cidrs": ["0.0.0.0/0"]}, ["mesh_exempt_cidrs", "0.0.0.0/0", "mesh_encrypt=pods"]),
     ({"exempt_cidrs": ["::/0"]}, ["mesh_exempt_cidrs", "::/0"]),
+    ({"port": 0}, ["mesh_port: 0", "65534"]), ({"port": 65535}, ["mesh_port: 65535"]), ({"port": 70000}, ["mesh_port: 70000"]),
+    ({"port": 1}, []), ({"port": 65534}, []), ({"lock_wait": -1}, ["mesh_lock_wait: -1"]), ({"lock_wait": 600}, []),
+    ({"confirm_timeout": 3}, ["mesh_confirm_timeout", "3"]), ({"confirm_timeout": 3601}, ["mesh_confirm_timeout", "3601"]),
+    ({"confirm_timeout": -1}, ["mesh_confirm_timeout", "-1"]), ({"confirm_timeout": 0}, []), ({"confirm_timeout": 5}, []),
+    ({"probe_timeout": -1.0}, ["mesh_probe_timeout", "-1"]), ({"probe_timeout": 0.0}, ["mesh_probe_timeout", "0"]),
+    ({"probe_timeout": float("nan")}, ["mesh_probe_timeout"]), ({"probe_timeout": float("inf")}, ["mesh_probe_timeout"]),
+    ({"psk_secret_fault": "mesh_psk_secret: too short"}, ["mesh_psk_secret: too short"]),
     ({"admin_ports": [0]}, ["mesh_admin_ports", "0"]), ({"admin_ports": ["ssh"]}, ["mesh_admin_ports", "ssh"]),
 ])
 def test_settings_of_one_host(change, words):
@@ -60,7 +68,8 @@ def test_settings_that_differ():
 
 
 def test_what_need_not_be_the_same():
-    hosts = {"a": dict(GOOD), "b": dict(GOOD, rule_priority=500, admin_ports=[2222], exempt_nodes=[])}
+    hosts = {"a": dict(GOOD), "b": dict(GOOD, rule_priority=500, admin_ports=[2222], exempt_nodes=[], confirm_timeout=60, probe_timeout=5.0,
+                                      lock_wait=600)}
     assert _settings.settings_faults(hosts) == [], "ports and nodes count under strict mode only"
     for settings in hosts.values():
         settings["strict"] = True
@@ -70,10 +79,10 @@ def test_what_need_not_be_the_same():
 def test_types_that_ansible_lets_pass():
     """Text for a list or a number is what inventories in INI format have, and ansible-core 2.18 makes of a dict of templates."""
     text = {"table": "51840", "port": "51840", "rule_priority": "400", "fwmark": "4096", "strict": "False", "admin_ports": "22",
-            "exempt_cidrs": "192.0.2.0/24, 198.51.100.0/24", "exempt_nodes": "a,b"}
+            "exempt_cidrs": "192.0.2.0/24, 198.51.100.0/24", "exempt_nodes": "a,b", "confirm_timeout": "30", "probe_timeout": "2.5"}
     assert _settings.normalized(text) == {
         "table": 51840, "port": 51840, "rule_priority": 400, "fwmark": 4096, "strict": False, "admin_ports": [22],
-        "exempt_cidrs": ["192.0.2.0/24", "198.51.100.0/24"], "exempt_nodes": ["a", "b"]}
+        "exempt_cidrs": ["192.0.2.0/24", "198.51.100.0/24"], "exempt_nodes": ["a", "b"], "confirm_timeout": 30, "probe_timeout": 2.5}
     assert _settings.normalized({"admin_ports": ["22", 2222], "strict": True}) == {"admin_ports": [22, 2222], "strict": True}
     assert _settings.normalized(GOOD) == GOOD
 

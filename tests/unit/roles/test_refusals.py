@@ -1,0 +1,70 @@
+# -*- coding: utf-8 -*-
+# Copyright (c) 2026, Kubemesh contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the role refuses before it does anything: real runs that end before the first host is looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("ansible.errors")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+COLLECTIONS = REPOSITORY.parents[2]
+pytestmark = pytest.mark.skipif(
+    REPOSITORY.parts[-3:] != ("ansible_collections", "kubemesh", "wireguard"), reason="the checkout is not below ansible_collections")
+
+# Nobody can be reached by it: a run that gets as far as a host ends as unreachable, with another code.
+NOBODY = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+WEAK = "S3cret-that-is-short"
+
+
+def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventory=None):
+    """A playbook of the collection on three hosts; -> (exit code, all that it says)."""
+    hosts = inventory or {"k8s_cluster": {"hosts": {"h%d" % number: NOBODY for number in range(3)}}}
+    (tmp_path / "inventory.json").write_text(json.dumps(hosts))
+    (tmp_path / "variables.json").write_text(json.dumps(variables or {}))
+    environment = dict(
+        {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+        ANSIBLE_COLLECTIONS_PATH=str(COLLECTIONS), ANSIBLE_LOCALHOST_WARNING="false", ANSIBLE_HOME=str(tmp_path / "home"),
+        ANSIBLE_REMOTE_TEMP=str(tmp_path / "remote"), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", TMPDIR=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "ansible", "playbook", "-vvv", "-i", str(tmp_path / "inventory.json"), "-e",
+         "@%s" % (tmp_path / "variables.json"), str(playbook)],
+        env=environment, cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    return done.returncode, done.stdout.decode()
+
+
+def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_shown(tmp_path):
+    code, text = run(tmp_path, {"mesh_confirm_timeout": 3, "mesh_probe_timeout": -1, "mesh_psk_secret": WEAK, "mesh_port": 0,
+                                "mesh_lock_wait": -1})
+    assert code == 2 and "unreachable=1" not in text, text
+    for words in ("mesh_confirm_timeout: 3", "mesh_probe_timeout: -1", "mesh_port: 0", "mesh_lock_wait: -1",
+                  "(mesh_psk_secret) has 20 characters"):
+        assert words in text, words
+    # It is in the file of variables, and no word of it is in what the run says with -vvv.
+    assert WEAK not in text
+
+
+def test_nothing_stays_on_the_controller_where_no_host_can_be_reached(tmp_path):
+    code, text = run(tmp_path)
+    assert code == 4 and text.count("unreachable=1") == 3, text
+    assert not [path for path in tmp_path.rglob("kubemesh.*")]
+
+
+@pytest.mark.parametrize("strategy", ["free", "host_pinned"])
+def test_a_strategy_that_lets_hosts_run_ahead_is_refused(tmp_path, strategy):
+    playbook = tmp_path / "own.yml"
+    playbook.write_text(json.dumps([{
+        "hosts": "k8s_cluster", "gather_facts": False, "strategy": strategy, "tasks": [
+            {"name": "Enable", "ansible.builtin.import_role": {"name": "kubemesh.wireguard.mesh", "tasks_from": "main"}}]}]))
+    code, text = run(tmp_path, playbook=playbook)
+    assert code != 0 and "Refuse a play with strategy free: the stages of the mesh need all nodes" in text, text
+    assert "TASK [kubemesh.wireguard.mesh : Claim" not in text and "UNREACHABLE" not in text
