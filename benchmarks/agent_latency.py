@@ -174,6 +174,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=12, help="changes of each of the five kinds")
     parser.add_argument("--quick", action="store_true", help="one round, to see that it works")
     arguments = parser.parse_args()
+    figures.end_in_order()
     why = agentlab.why_not()
     if why:
         sys.exit("agent_latency: %s" % why)

@@ -201,6 +201,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=95.0, help="of each phase")
     parser.add_argument("--quick", action="store_true", help="50 nodes and 2 s, to see that it works")
     arguments = parser.parse_args()
+    figures.end_in_order()
     why = agentlab.why_not()
     if why:
         sys.exit("agent_memory: %s" % why)

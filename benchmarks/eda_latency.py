@@ -54,6 +54,7 @@ def main():
     parser.add_argument("--changes", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one change, to see that it works")
     arguments = parser.parse_args()
+    figures.end_in_order()
     figures.say("Change in the API to the kernel of %d nodes by ansible-rulebook: %s" % (NODES, figures.machine()))
     lab = harness.made(LAB, nodes=NODES, pods=1)
     try:

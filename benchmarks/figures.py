@@ -10,8 +10,14 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
+
+
+def end_in_order():
+    """Have a termination be as Ctrl-C: namespaces and hosts that were made are removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def say(text=""):
