@@ -306,7 +306,7 @@ def test_a_bad_node_does_not_stop_the_others(lab):
     lab.start("c")
     lab.api.apply("nodes", lab.node("c"))
     lab.whole("a", "b", "c")
-    assert any("bad" in text for text in lab.state("b")["warnings"])
+    lab.wait(lambda: any("bad" in text for text in lab.state("b")["warnings"]), "the bad node in the state of b")
     lab.api.delete("nodes", "bad")
     lab.api.delete("nodes", "jinja")
 
