@@ -17,7 +17,6 @@ import pytest
 pytest.importorskip("ansible.errors")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-COLLECTIONS = REPOSITORY.parents[2]
 pytestmark = pytest.mark.skipif(
     REPOSITORY.parts[-3:] != ("ansible_collections", "kubemesh", "wireguard"), reason="the checkout is not below ansible_collections")
 
@@ -33,7 +32,7 @@ def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventor
     (tmp_path / "variables.json").write_text(json.dumps(variables or {}))
     environment = dict(
         {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
-        ANSIBLE_COLLECTIONS_PATH=str(COLLECTIONS), ANSIBLE_LOCALHOST_WARNING="false", ANSIBLE_HOME=str(tmp_path / "home"),
+        ANSIBLE_COLLECTIONS_PATH=str(REPOSITORY.parents[2]), ANSIBLE_LOCALHOST_WARNING="false", ANSIBLE_HOME=str(tmp_path / "home"),
         ANSIBLE_REMOTE_TEMP=str(tmp_path / "remote"), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", TMPDIR=str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "ansible", "playbook", "-vvv", "-i", str(tmp_path / "inventory.json"), "-e",
@@ -56,7 +55,7 @@ def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_show
 def test_nothing_stays_on_the_controller_where_no_host_can_be_reached(tmp_path):
     code, text = run(tmp_path)
     assert code == 4 and text.count("unreachable=1") == 3, text
-    assert not [path for path in tmp_path.rglob("kubemesh.*")]
+    assert not list(tmp_path.rglob("kubemesh.*"))
 
 
 @pytest.mark.parametrize("strategy", ["free", "host_pinned"])
