@@ -19,11 +19,12 @@ from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted impo
 
 # Variables that tasks of the role register results in which tell that something changed on a node; a test finds those that are missing.
 CHANGING_RESULTS = (
-    "__mesh_accepted", "__mesh_did_agent", "__mesh_did_destroy_key", "__mesh_did_destroy_psk", "__mesh_did_give", "__mesh_did_give_last",
-    "__mesh_did_go_back", "__mesh_did_guard", "__mesh_did_leave_agent", "__mesh_did_leave_guard", "__mesh_did_leave_routes",
-    "__mesh_did_loosen_guard", "__mesh_did_open_guard", "__mesh_did_psk", "__mesh_did_remove_agent", "__mesh_did_remove_device", "__mesh_did_remove_document",
-    "__mesh_did_remove_key", "__mesh_did_remove_proofs", "__mesh_did_remove_psk", "__mesh_did_retire", "__mesh_did_retire_proofs",
-    "__mesh_did_withdraw", "__mesh_did_withdraw_agent", "__mesh_key", "__mesh_sent",
+    "__mesh_accepted", "__mesh_did_agent", "__mesh_did_destroy_key", "__mesh_did_destroy_psk", "__mesh_did_give",
+    "__mesh_did_give_last", "__mesh_did_go_back", "__mesh_did_guard", "__mesh_did_leave_agent", "__mesh_did_leave_guard",
+    "__mesh_did_leave_routes", "__mesh_did_loosen_guard", "__mesh_did_open_guard", "__mesh_did_psk", "__mesh_did_remove_agent",
+    "__mesh_did_remove_device", "__mesh_did_remove_document", "__mesh_did_remove_key", "__mesh_did_remove_proofs",
+    "__mesh_did_remove_psk", "__mesh_did_retire", "__mesh_did_retire_proofs", "__mesh_did_withdraw", "__mesh_did_withdraw_agent",
+    "__mesh_key", "__mesh_sent",
 )
 
 # Names, and lines, that a message has room for.

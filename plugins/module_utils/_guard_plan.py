@@ -222,7 +222,8 @@ def joint_settings(before, settings):
     if before is None:
         return settings
     return dict(settings, **{
-        field: list(dict.fromkeys(list(settings[field]) + list(before[field]))) for field in ("exempt_nodes", "exempt_cidrs", "admin_ports")})
+        field: list(dict.fromkeys(list(settings[field]) + list(before[field])))
+        for field in ("exempt_nodes", "exempt_cidrs", "admin_ports")})
 
 
 def table_of(wanted, skeleton):

@@ -662,6 +662,13 @@ def test_loosening_keeps_what_the_document_does_not_know():
     assert texts(way, "pods4") == ["10.244.4.0/24"] and texts(way, "nodes4") == ["198.18.0.14"]
 
 
+@pytest.mark.parametrize("before", ["pods", "nodes"])
+@pytest.mark.parametrize("after", ["pods", "nodes"])
+def test_loosening_encrypts_nodes_only_where_both_do(before, after):
+    way = plan.loosened(as_table(guard(encrypt=before)), DOC, "a", dict(SETTINGS, encrypt=after))
+    assert way["encrypt"] == ("nodes" if before == after == "nodes" else "pods") == way["settings"]["encrypt"]
+
+
 def test_loosening_a_table_that_cannot_be_read():
     way = plan.loosened(plan.unreadable_table("x"), DOC, "a", dict(SETTINGS, exempt_nodes=["b"]))
     assert texts(way, "pods4") == ["10.244.3.0/24"]
