@@ -19,11 +19,12 @@ from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted impo
 
 # Variables that tasks of the role register results in which tell that something changed on a node; a test finds those that are missing.
 CHANGING_RESULTS = (
-    "__mesh_accepted", "__mesh_did_agent", "__mesh_did_destroy_key", "__mesh_did_destroy_psk", "__mesh_did_give", "__mesh_did_give_last",
-    "__mesh_did_go_back", "__mesh_did_guard", "__mesh_did_leave_agent", "__mesh_did_leave_guard", "__mesh_did_leave_routes",
-    "__mesh_did_open_guard", "__mesh_did_psk", "__mesh_did_remove_agent", "__mesh_did_remove_device", "__mesh_did_remove_document",
-    "__mesh_did_remove_key", "__mesh_did_remove_proofs", "__mesh_did_remove_psk", "__mesh_did_retire", "__mesh_did_retire_proofs",
-    "__mesh_did_withdraw", "__mesh_did_withdraw_agent", "__mesh_key", "__mesh_sent",
+    "__mesh_accepted", "__mesh_did_agent", "__mesh_did_destroy_key", "__mesh_did_destroy_psk", "__mesh_did_give",
+    "__mesh_did_give_last", "__mesh_did_go_back", "__mesh_did_guard", "__mesh_did_leave_agent", "__mesh_did_leave_guard",
+    "__mesh_did_leave_routes", "__mesh_did_loosen_guard", "__mesh_did_open_guard", "__mesh_did_psk", "__mesh_did_remove_agent",
+    "__mesh_did_remove_device", "__mesh_did_remove_document", "__mesh_did_remove_key", "__mesh_did_remove_proofs",
+    "__mesh_did_remove_psk", "__mesh_did_retire", "__mesh_did_retire_proofs", "__mesh_did_withdraw", "__mesh_did_withdraw_agent",
+    "__mesh_key", "__mesh_sent",
 )
 
 # Names, and lines, that a message has room for.
@@ -148,7 +149,8 @@ def damage_findings(host, before):
 
 
 def strict_findings(hosts, hostvars, computed, exempt):
-    """That strict mode would drop what nodes send to each other that have different ideas of what belongs into the tunnel.
+    """That strict mode would drop what nodes send to each other that have different ideas of what belongs into the tunnel, or would let
+    pass in clear what nobody said may.
 
     :param hosts: the hosts that were reached.
     """
@@ -159,9 +161,24 @@ def strict_findings(hosts, hostvars, computed, exempt):
         and before["encrypts"] != hostvars[host].get("__mesh_encrypt", before["encrypts"])})
     names = {hostvars[host].get("__mesh_name", host) for host in hosts}
     missing = sorted((set(computed.get("members") or []) | set(computed.get("pending") or [])) - names - set(exempt))
+    excluded, found = set(computed.get("excluded") or {}), []
+    in_clear = sorted(excluded - set(exempt))
+    if in_clear and any(hostvars[host].get("__mesh_strict") for host in hosts):
+        found.append(dict(
+            finding("error", "strict mode is on, and nodes that are excluded from the mesh exchange everything in clear: %s" % _shortened(
+                in_clear)),
+            remedy="name them in mesh_exempt_nodes as well if that is meant, or take them into the mesh"))
+    leaving = sorted(
+        hostvars[host].get("__mesh_name", host) for host in hosts
+        if hostvars[host].get("__mesh_name", host) in excluded and hostvars[host]["__mesh_before"].get("sending"))
+    if leaving and missing and any((hostvars[host]["__mesh_before"].get("guard") or {}).get("present") for host in hosts):
+        found.append(dict(
+            finding("error", "strict mode is on, and these nodes are not part of this run and would go on dropping what %s would send in "
+                    "clear: %s" % (_shortened(leaving), _shortened(missing))),
+            remedy="run it on all nodes; or name nodes that cannot take part in mesh_exempt_nodes"))
     if not changes or not missing:
-        return []
-    return [dict(
+        return found
+    return found + [dict(
         finding("error", "strict mode is on, and mesh_encrypt would change from %s to %s without these nodes, and what one side sends the "
                 "other would drop: %s" % (changes[0][0], changes[0][1], _shortened(missing))),
         remedy="run it on all nodes; leave mesh_encrypt at %s; or name nodes that cannot take part in mesh_exempt_nodes" % changes[0][0])]

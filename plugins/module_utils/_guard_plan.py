@@ -182,6 +182,50 @@ def between(current, wanted):
     return dict(wanted, elements=elements)
 
 
+def loosened(current, doc, node, settings):
+    """What a guard holds while what it will spare is taken out of the tunnel, like `wanted_guard`: it drops nothing that the live table
+    does not drop, and nothing that either of them spares.
+
+    :param current: the live table.
+    :param doc: mesh document; one that has the nodes which are about to leave still says what is theirs.
+    :param settings: those wanted, see `wanted_guard`. What was spared by the settings before is for `joint_settings`.
+
+    What the document does not know stays as it is: an agent may have brought it in since.
+    """
+    encrypts = "nodes" if "leaving_nodes" in current["skeleton"]["chains"] else "pods"
+    wanted = wanted_guard(doc, node, dict(settings, encrypt="pods" if "pods" in (encrypts, settings["encrypt"]) else "nodes"))
+    pieces = pods_of(doc)
+    spared = [name for name, entry in doc["nodes"].items() if name in wanted["exempt"] or entry["state"] == "excluded"]
+    gone = covered([piece for name in spared if name != node for piece in pieces[name]])
+    gone = covered(gone + [interval(address) for name in spared if name != node for address in doc["nodes"][name]["node_addresses"]])
+    elements = dict(wanted["elements"])
+    for name, held in current["elements"].items():
+        pairs = elements.get(name)
+        if pairs is None:
+            continue
+        what = name.rstrip("46")
+        if what in ("pods", "nodes"):
+            owners = dict(pairs)
+            left = [] if node in wanted["exempt"] else [piece for one in held for piece in without(one, gone)]
+            elements[name] = merged([(piece, owners.get(piece, "")) for piece in left])
+        elif what == "own_pods":
+            elements[name] = [(piece, "") for piece in held]
+        elif what == "exempt":
+            elements[name] = merged(pairs + [(piece, "") for piece in held])
+        else:
+            elements[name] = sorted(set(pairs) | {(element, "") for element in held})
+    return dict(wanted, elements=elements)
+
+
+def joint_settings(before, settings):
+    """Settings that spare what either of two spare; ``before`` is None where nothing says what they were."""
+    if before is None:
+        return settings
+    return dict(settings, **{
+        field: list(dict.fromkeys(list(settings[field]) + list(before[field])))
+        for field in ("exempt_nodes", "exempt_cidrs", "admin_ports")})
+
+
 def table_of(wanted, skeleton):
     """A table as a reference would be, from a skeleton that nft printed of the same rules: sets are printed alike by all versions."""
     return {"skeleton": skeleton, "counters": {},

@@ -121,6 +121,13 @@ options:
     type: list
     elements: str
     default: []
+  loosen:
+    description:
+      - Only let go, on the way to a guard that spares more or other packets. Nothing is dropped that was not before, and what the guard in
+        force spares is spared as well as what the options say. Where there is no guard, none is made.
+      - For the time in which packets change their way. Run the module without this option afterwards.
+    type: bool
+    default: false
   persist:
     description:
       - Whether the guard is there again at boot, by C(kubemesh-guard.service), and after C(nftables.service) flushed it.
@@ -238,18 +245,29 @@ STEPS_SHOWN = 200
 SETTINGS = ("encrypt", "interfaces", "ports", "fwmark", "exempt_nodes", "exempt_cidrs", "admin_ports", "pod_networks")
 
 
-def wanted_of(params):
+def wanted_of(params, current):
     """What the guard shall hold, None where there shall be none."""
-    if params["state"] == "absent":
+    if params["state"] == "absent" or (params["loosen"] and current is None):
         return None
     if not params["node"]:
         raise MeshError("node: the name of this host in the mesh document is needed for state=present")
-    return plan.wanted_guard(read_document(params["document_file"]), params["node"], {key: params[key] for key in SETTINGS})
+    document, settings = read_document(params["document_file"]), {key: params[key] for key in SETTINGS}
+    if params["loosen"]:
+        return plan.loosened(current, document, params["node"], plan.joint_settings(settings_before(), settings))
+    return plan.wanted_guard(document, params["node"], settings)
 
 
-def current_of(system, wanted):
+def settings_before():
+    """The settings that the guard in force was made from, None where its file does not say."""
+    try:
+        return plan.settings_of(read_text(live.GUARD_FILE) or "")
+    except MeshError:
+        return None
+
+
+def current_of(system, state):
     """The live table. A node that was never guarded needs no nft to be told so."""
-    if wanted is None and system.path("nft") is None and read_text(live.GUARD_FILE) is None:
+    if state == "absent" and system.path("nft") is None and read_text(live.GUARD_FILE) is None:
         return None
     return live.read_table(system)
 
@@ -257,13 +275,16 @@ def current_of(system, wanted):
 def converge(module, system):
     """Read, plan, apply, report: the result of the module."""
     params = module.params
-    wanted = wanted_of(params)
+    current = current_of(system, params["state"])
+    wanted = wanted_of(params, current)
     text = plan.ruleset_text(wanted) if wanted else None
-    current = current_of(system, wanted)
     reference = live.reference(system, text) if wanted else None
     names = dict(plan.names_in(read_text(live.GUARD_FILE) or ""), **plan.names_in(text or ""))
     steps = plan.plan_guard(current, reference)
     boot = text if params["persist"] else None
+    if params["loosen"] and params["state"] == "present" and not steps:
+        # As loose as it need be: its file may say the same in other words.
+        boot = read_text(live.GUARD_FILE)
     file_steps = plan_files(live.wanted_files(system, boot))
     units = live.unit_steps(system, boot is not None, file_steps)
 
@@ -319,6 +340,7 @@ def main():
             "exempt_cidrs": {"type": "list", "elements": "str", "default": []},
             "admin_ports": {"type": "list", "elements": "int", "default": [22]},
             "pod_networks": {"type": "list", "elements": "str", "default": []},
+            "loosen": {"type": "bool", "default": False},
             "persist": {"type": "bool", "default": True},
         },
         supports_check_mode=True,

@@ -29,7 +29,8 @@ def lab():
 
 def test_strict_mode_refuses_where_a_node_cannot_take_part(lab):
     run = playbook(lab, "enable", *STRICT, "-e", '{"mesh_exclude_nodes": ["node-3"]}', source=None, rc=2)
-    assert "not part of this run: node-3" in run.text and "mesh_exempt_nodes" in run.text
+    assert "exchange everything in clear: node-3" in run.text and "mesh_exempt_nodes" in run.text
+    assert set(run.changed().values()) == {0}
     assert not any(found["guard"]["present"] for found in infos(lab).values())
 
 
@@ -40,6 +41,43 @@ def test_it_is_switched_on_without_loss(lab):
     assert all(info["guard"]["in_force"] and info["guard"]["at_boot"] and info["encrypts"] == "nodes" for info in found.values())
     run = playbook(lab, "enable", *STRICT, source=None, preflight=False)
     assert set(run.changed().values()) == {0}
+
+
+EXEMPT_CIDRS = ["-e", '{"mesh_exempt_cidrs": ["198.18.0.13/32", "fd00:18::d/128"]}']
+
+
+def test_prefixes_are_exempted_and_brought_back_without_loss(lab):
+    """In each direction there is a time in which some nodes send in clear and others do not."""
+    told = playbook(lab, "enable", *STRICT, *EXEMPT_CIDRS, "--check", source=None, preflight=False)
+    assert set(map(bool, told.changed().values())) == {True}
+    with Watched(lab):
+        run = playbook(lab, "enable", *STRICT, *EXEMPT_CIDRS, source=None, preflight=False)
+    assert set(map(bool, run.changed().values())) == {True}
+    spared = text_of(lab, "node-1", "nft list set inet kubemesh_guard exempt4; nft list set inet kubemesh_guard exempt6")
+    assert "198.18.0.13" in spared and "fd00:18::d" in spared
+    with Watched(lab):
+        playbook(lab, "enable", *STRICT, source=None, preflight=False)
+    assert "elements" not in text_of(lab, "node-1", "nft list set inet kubemesh_guard exempt4")
+    assert all_encrypted(infos(lab)) and all(info["guard"]["in_force"] for info in infos(lab).values())
+
+
+OUT = ["-e", "mesh_nodes_source=inventory", "-e", '{"mesh_exclude_nodes": ["node-3"]}']
+EXEMPT_NODE = ["-e", '{"mesh_exempt_nodes": ["node-3"]}']
+
+
+def test_a_node_leaves_and_comes_back_without_loss(lab):
+    run = playbook(lab, "reconcile", *OUT, rc=2)
+    assert "exchange everything in clear: node-3" in run.text and "mesh_exempt_nodes" in run.text
+    assert set(run.changed().values()) == {0} and all_encrypted(infos(lab))
+    with sniffed(lab, traffic.KINDS) as found, Watched(lab, streams=False):
+        playbook(lab, "reconcile", *OUT, *EXEMPT_NODE)
+        after = infos(lab)
+        playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
+    assert [after[node]["guard"]["in_force"] for node in lab.nodes] == [True, True, False]
+    assert not after["node-3"]["sending"] and all(after[node]["encrypts"] == "nodes" for node in ("node-1", "node-2"))
+    clear = [text for text in map(str, found["seen"]["clear"]) if "node-3" not in text]
+    assert found["seen"]["clear_frames"] > 0 and clear == [], clear[:20]
+    assert all_encrypted(infos(lab)) and all(info["guard"]["in_force"] for info in infos(lab).values())
 
 
 def test_not_all_nodes_cannot_change_what_is_encrypted(lab):

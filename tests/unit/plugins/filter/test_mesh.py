@@ -544,6 +544,24 @@ def test_host_encryption_does_not_change_under_strict_mode_without_all():
         assert item["level"] == "error" and "from %s to %s" % (before, after) in item["message"] and item["message"].endswith(": b")
 
 
+def test_nobody_is_left_in_clear_under_strict_mode_who_is_not_named():
+    def found(exempt=(), strict=True, sending=False, members=("a",), present=True):
+        before = {"exists": True, "guard": {"present": present}, "encrypts": "nodes", "sending": True}
+        hostvars = {
+            "ha": {"__mesh_name": "a", "__mesh_encrypt": "nodes", "__mesh_strict": strict, "__mesh_before": before, "__mesh_computed": {
+                "members": list(members), "pending": {}, "excluded": {"x": "named in exclude_nodes"}, "missing": {}}},
+            "hx": {"__mesh_name": "x", "__mesh_encrypt": "nodes", "__mesh_strict": strict, "__mesh_before": dict(before, sending=sending)}}
+        return [item for item in FILTERS["all_findings"](["ha", "hx"], hostvars, exempt) if "strict mode" in item["message"]]
+
+    item, = found()
+    assert item["level"] == "error" and item["message"].endswith(": x") and "mesh_exempt_nodes" in item["remedy"]
+    assert found(["x"]) == found(strict=False) == found(["x"], sending=True) == found(["x"], members=["a", "b"]) == []
+    item, = found(["x"], sending=True, members=["a", "b"])
+    assert item["level"] == "error" and "what x would send in clear: b" in item["message"]
+    assert found(["x", "b"], sending=True, members=["a", "b"]) == []
+    assert found(strict=False, sending=True, members=["a", "b"], present=False) == []
+
+
 def test_a_damaged_document_is_told():
     before = {"exists": True, "warnings_of_mesh": ["/etc/kubemesh/mesh.json: it is not JSON", "device wgmesh0 is down"]}
     computed = {"members": [], "missing": {}}

@@ -548,7 +548,7 @@ def test_what_is_no_listing(text):
 
 def as_table(wanted):
     """A table as if nft had printed it."""
-    return {"skeleton": {"rules": plan.chains(wanted)}, "counters": plan.counts_of(None),
+    return {"skeleton": {"chains": dict(plan.chains(wanted)), "rules": plan.chains(wanted)}, "counters": plan.counts_of(None),
             "elements": {name: [element for element, dummy in pairs] for name, pairs in wanted["elements"].items()}}
 
 
@@ -617,6 +617,69 @@ def test_the_way_to_a_node_that_joins_and_from_one_that_leaves():
     left = plan.between(three, guard(document(a=entry(1), b=entry(2))))
     assert plan.plan_guard(three, as_table(left)) == []
     assert plan.table_of(guard(), three["skeleton"]) == dict(three, counters={})
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "c", "nobody"]), unique=True)
+SPARING = st.fixed_dictionaries({
+    "encrypt": st.sampled_from(["pods", "nodes"]), "exempt_nodes": NAMES, "admin_ports": st.lists(st.sampled_from([22, 2222]), unique=True),
+    "exempt_cidrs": st.lists(st.sampled_from(["198.18.0.12/32", "10.244.3.0/25", "2001:db8::3/128"]), unique=True)})
+
+
+@given(SPARING, SPARING, st.booleans(), st.sampled_from("abc").flatmap(lambda near: st.sampled_from("abc").map(lambda far: (near, far))),
+       st.sampled_from(["node", "pod"]), st.sampled_from(["node", "pod"]), st.sampled_from([4, 6]), st.sampled_from([22, 2222, 80]))
+def test_a_loosened_guard_drops_only_what_both_drop(before, after, leaves, ends, near, far, version, port):
+    old = guard(**before)
+    joint = plan.joint_settings(dict(SETTINGS, **before), dict(SETTINGS, **after))
+    doc = document(a=entry(1), b=entry(2), c=entry(3, state="excluded", reason="named in exclude_nodes")) if leaves else DOC
+    way = plan.loosened(as_table(old), doc, "a", joint)
+    new = guard(doc, **after)
+    number = {"a": 1, "b": 2, "c": 3}
+
+    def address(kind, name):
+        texts_of = {("node", 4): "198.18.0.1%d", ("node", 6): "2001:db8::%d", ("pod", 4): "10.244.%d.9", ("pod", 6): "fd00:10:244:%d::9"}
+        return texts_of[kind, version] % number[name]
+
+    packet = sample(address(near, ends[0]), address(far, ends[1]), protocol="tcp", dport=port, sport=40000)
+    for hook in ("out", "in"):
+        dropped = verdict(way, hook, packet) is not None
+        assert dropped == (verdict(old, hook, packet) is not None and verdict(new, hook, packet) is not None)
+
+
+def test_loosening_what_is_as_loose_changes_nothing_and_again_neither():
+    live = as_table(guard(encrypt="nodes", exempt_cidrs=["198.18.0.13/32"]))
+    for wanted in (dict(SETTINGS, encrypt="nodes"), dict(SETTINGS, encrypt="nodes", exempt_cidrs=["198.18.0.13/32"])):
+        assert plan.plan_guard(live, as_table(plan.loosened(live, DOC, "a", wanted))) == []
+    wanted = dict(SETTINGS, encrypt="nodes", exempt_nodes=["b"])
+    way = as_table(plan.loosened(live, DOC, "a", wanted))
+    assert plan.plan_guard(live, way)
+    assert plan.plan_guard(way, as_table(plan.loosened(way, DOC, "a", wanted))) == []
+
+
+def test_loosening_keeps_what_the_document_does_not_know():
+    """The agent brought a node in since; and it lets no node in that joins with this run."""
+    live = as_table(guard(document(a=entry(1), b=entry(2), d=entry(4))))
+    way = plan.loosened(live, DOC, "a", dict(SETTINGS, exempt_nodes=["b"]))
+    assert texts(way, "pods4") == ["10.244.4.0/24"] and texts(way, "nodes4") == ["198.18.0.14"]
+
+
+@pytest.mark.parametrize("before", ["pods", "nodes"])
+@pytest.mark.parametrize("after", ["pods", "nodes"])
+def test_loosening_encrypts_nodes_only_where_both_do(before, after):
+    way = plan.loosened(as_table(guard(encrypt=before)), DOC, "a", dict(SETTINGS, encrypt=after))
+    assert way["encrypt"] == ("nodes" if before == after == "nodes" else "pods") == way["settings"]["encrypt"]
+
+
+def test_loosening_a_table_that_cannot_be_read():
+    way = plan.loosened(plan.unreadable_table("x"), DOC, "a", dict(SETTINGS, exempt_nodes=["b"]))
+    assert texts(way, "pods4") == ["10.244.3.0/24"]
+
+
+def test_joint_settings():
+    before = dict(SETTINGS, exempt_nodes=["a"], exempt_cidrs=["198.18.0.13/32"], admin_ports=[22])
+    after = dict(SETTINGS, exempt_nodes=["b", "a"], admin_ports=[2222], encrypt="nodes")
+    assert plan.joint_settings(before, after) == dict(
+        after, exempt_nodes=["b", "a"], exempt_cidrs=["198.18.0.13/32"], admin_ports=[2222, 22])
+    assert plan.joint_settings(None, after) == after
 
 
 def test_steps_on_the_whole_table_in_words():

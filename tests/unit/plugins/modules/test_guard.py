@@ -180,6 +180,30 @@ def test_a_node_that_joins_and_one_that_leaves(host, run):
         "add pods fd00:10:244:4::/64  # d"]
 
 
+def test_loosened_and_exact_again(host, run):
+    """What was exempt and what shall be are both on the way; the file says the same, for a reboot in between."""
+    run(encrypt="nodes", exempt_cidrs=["198.18.0.13/32"])
+    wanted = {"encrypt": "nodes", "exempt_nodes": ["b"]}
+    before = host.state()
+    told = run(check=True, loosen=True, **wanted)
+    assert host.state() == before
+    result = run(loosen=True, **wanted)
+    assert result["changed"] and result["steps"] == told["steps"]
+    assert host.elements("exempt4") == ["198.18.0.13"] and host.elements("nodes4") == ["198.18.0.13"]
+    settings = plan.settings_of(_system.read_text(live.GUARD_FILE))
+    assert settings["exempt_nodes"] == ["b"] and settings["exempt_cidrs"] == ["198.18.0.13/32"]
+    assert not run(loosen=True, **wanted)["changed"]
+    run(**wanted)
+    assert host.elements("exempt4") == []
+    before = host.state()
+    assert not run(loosen=True, encrypt="nodes")["changed"] and host.state() == before, "what gets stricter is for the end"
+
+
+def test_loosening_makes_no_guard(host, run):
+    result = run(loosen=True)
+    assert not result["changed"] and not result["present"]
+
+
 def test_counters_go_on_over_a_change_of_rules(host, run):
     run()
     host.node.count("out_pods", 3, 252)
