@@ -286,7 +286,7 @@ def _key_ages(infos):
 
 
 def rotation_fault(computed, doing, infos, back=False):
-    """Why keys cannot be rotated, or a rotation not be taken back: one line for people, else an empty text. Arguments: `target_generation`."""
+    """Why keys cannot be rotated, or a rotation not be taken back: one line for people, else an empty text. See `target_generation`."""
     if doing != "rotate_keys":
         return ""
     if not computed["key_generations"]:
