@@ -56,7 +56,7 @@ def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_show
 def test_nothing_stays_on_the_controller_where_no_host_can_be_reached(tmp_path):
     code, text = run(tmp_path)
     assert code == 4 and text.count("unreachable=1") == 3, text
-    assert not [path for path in tmp_path.rglob("kubemesh.*")]
+    assert not list(tmp_path.rglob("kubemesh.*"))
 
 
 @pytest.mark.parametrize("strategy", ["free", "host_pinned"])
