@@ -258,13 +258,13 @@ def kernel_tests(context, *selection):
 def kernel(context):
     """The modules with the kernel's WireGuard, in an emulated machine."""
     # Here, and on one core: it takes as long as all that follows up to the checks that measure, which then have the machine to themselves.
-    return kernel_tests(context, "-k", "not persistence")
+    return kernel_tests(context, "-k", "not persistence and not agent")
 
 
 @check("kernel-boot", timeout=900)
 def kernel_boot(context):
-    """The kernel's WireGuard over reboots of an emulated machine with systemd."""
-    return kernel_tests(context, "-k", "persistence")
+    """The kernel's WireGuard over reboots of an emulated machine with systemd, and node agents on it."""
+    return kernel_tests(context, "-k", "persistence or agent")
 
 
 @check("static", timeout=240)
