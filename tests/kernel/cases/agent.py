@@ -39,7 +39,7 @@ Before=systemd-networkd.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -c 'exec >%s 2>&1; nft list set inet kubemesh_guard pods4; ip -o addr show dev underlay'
+ExecStart=/bin/sh -c 'exec >%s 2>&1; nft list set inet kubemesh_guard pods4; ip -o addr show dev underlay; true'
 [Install]
 WantedBy=sysinit.target
 """ % AT_NETWORK
