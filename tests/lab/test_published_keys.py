@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kube
@@ -48,13 +49,11 @@ def written(cluster, since):
 
 
 def only(lab, *hosts):
-    """Arguments for an inventory with these hosts alone: what AWX leaves of it in a slice, or who has a file of his own."""
-    variables = {"ansible_user": "root", "ansible_ssh_private_key_file": str(lab.state / "id_ed25519"),
-                 "ansible_ssh_common_args": "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR",
-                 "ansible_python_interpreter": "/usr/bin/python3"}
+    """Path of an inventory with these hosts alone: what AWX leaves of it in a slice, or who has a file of his own."""
+    whole = yaml.safe_load(lab.inventory().read_text())["all"]
     path = lab.state / "part.yml"
-    path.write_text(json.dumps({"all": {"vars": variables, "children": {"k8s_cluster": {"hosts": {
-        host: {"ansible_host": next(iter(lab.node_addresses(host).values()))} for host in hosts}}}}}))
+    path.write_text(json.dumps({"all": {"vars": whole["vars"], "children": {"k8s_cluster": {"hosts": {
+        host: whole["children"]["k8s_cluster"]["hosts"][host] for host in hosts}}}}}))
     return path
 
 
