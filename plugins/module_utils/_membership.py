@@ -638,10 +638,19 @@ def _merge_keys(name, own_keys, annotation_keys, previous_keys, options, warning
 
 def _annotations_in_force(candidate, own, previous_keys):
     """Annotations without those that are left over: of a generation of which nothing is on the node, and that the last document does not
-    have either. They could not be removed when that generation was given up, and would bring keys back that nobody has."""
+    have either. They could not be removed when that generation was given up, and would bring keys back that nobody has. One that is no
+    key brings none back, and is told."""
     there = own["generations"] if own is not None else None
     return {generation: key for generation, key in candidate["annotation_keys"].items()
-            if there is None or generation in there or generation in previous_keys}
+            if there is None or generation in there or generation in previous_keys or not _is_public_key(key)}
+
+
+def _is_public_key(text):
+    try:
+        canonical_public_key(text)
+    except MeshError:
+        return False
+    return True
 
 
 def _own_or_previous(own, field, unresolved_as, previous, default):

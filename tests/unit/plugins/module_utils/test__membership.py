@@ -455,6 +455,14 @@ class TestKeys:
         assert "is not a WireGuard public key" in warnings[0]
         assert "lookup" not in _mesh.document_bytes(document).decode()
 
+    @pytest.mark.parametrize("generations", [None, [], ["1"]])
+    def test_bad_annotation_is_told_whatever_is_on_the_node(self, generations):
+        """Of a node without keys as well, whose annotations of keys do not count."""
+        members, settings = candidates(node(1, annotations={KEY0: JINJA})), settings_of(worker_1={"generations": generations})
+        document, warnings = build(members, {}, settings=settings)
+        assert document["nodes"]["worker-1"]["public_keys"] == {}
+        assert len(warnings) == 1 and "is not a WireGuard public key" in warnings[0] and "lookup" in warnings[0]
+
     def test_bad_annotation_does_not_cost_a_known_key(self):
         previous = built(cluster(1), keys(1))
         document, warnings = build(candidates(node(1, annotations={KEY0: "x"})), {}, previous)
