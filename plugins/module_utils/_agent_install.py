@@ -223,7 +223,8 @@ def source_of(name):
     source = found.loader.get_source(full) if found is not None else None
     if source is None:
         raise MeshError("the source of %s is not there: is this collection complete?" % full)
-    return source
+    # The collection loader of ansible-core, that has it where this is no module (a unit test), returns bytes.
+    return source.decode("utf-8") if isinstance(source, bytes) else source
 
 
 def is_complete(folder, files):
