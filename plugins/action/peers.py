@@ -160,7 +160,7 @@ class ActionModule(ActionBase):
             queries = {field: args["%s_query" % field] for field in _membership.DEFAULT_QUERIES}
             candidates, more = _membership.nodes_given(items, queries) if source == "nodes" else _membership.nodes_from_k8s(items, queries)
             problems.extend(more)
-            candidates, more = _pods.with_pod_source(candidates, args["pod_source"], objects, _cluster.merged_by_netaddr)
+            candidates, more = _pods.with_pod_source(candidates, args["pod_source"], objects, _membership.merged_by_netaddr)
             warnings.extend(more)
         document, more = _membership.build_document(
             candidates, {name: own["public_keys"] for name, own in settings.items()}, previous, {

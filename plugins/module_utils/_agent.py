@@ -772,7 +772,7 @@ class Agent:
                 generation = self.document["generation"]
                 state = self.kernel.read(generation)[1]
                 rows = _status.join(self.document, self.config["node"], generation, state, self.kernel.routes(),
-                                    self.kernel.name(generation), time.time())
+                                    self.kernel.name(generation), time.time(), self.config["exempt_cidrs"])
             dropped = self.guard.counters()
         except (MeshError, OSError) as exc:
             log("warning: %s" % exc)
@@ -832,4 +832,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit(main(sys.argv[1:]))

@@ -62,6 +62,13 @@ _SETTINGS = {
 }
 _ITEMS = {"ports": int, "admin_ports": int}
 
+
+
+def _is_one(value, kind):
+    """Of that type, and not a bool where it is to be a number."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 # Sets of addresses, each in a version of its own for IPv4 and IPv6, and what they are to people.
 PREFIX_SETS = {"pods": "pods", "own_pods": "own pods", "nodes": "node", "exempt": "exempt"}
 # The other sets: type of nftables, and what an element is to people.
@@ -112,8 +119,8 @@ def settings_of(text):
     except ValueError:
         settings = None
     if not isinstance(settings, dict) or set(settings) != set(_SETTINGS) or not all(
-            isinstance(settings[field], kind) and not isinstance(settings[field], bool)
-            and (not isinstance(settings[field], list) or all(type(item) is _ITEMS.get(field, str) for item in settings[field]))
+            _is_one(settings[field], kind)
+            and (not isinstance(settings[field], list) or all(_is_one(item, _ITEMS.get(field, str)) for item in settings[field]))
             for field, kind in _SETTINGS.items()) or settings["encrypt"] not in ("pods", "nodes"):
         raise MeshError("the file of the guard does not say what it was made from: it is another version's, or was changed; run the "
                         "playbook enable again")

@@ -597,6 +597,11 @@ def overlap_problems(prefixes, kept=(), limit=200):
     return problems
 
 
+def merged_by_netaddr(texts):
+    """`_pods.merged_prefixes` by netaddr, which is faster for many."""
+    return [canonical_cidr(str(network)) for network in netaddr.cidr_merge(list(texts))]
+
+
 def plain_overlap_problems(prefixes, kept=(), limit=200):
     """`overlap_problems` without netaddr, in fewer words: which prefixes, not what to do about them."""
     return ["%s: overlaps %s" % (_owned(narrow, narrow_owner), _owned(wide, wide_owner))

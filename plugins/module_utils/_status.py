@@ -12,7 +12,10 @@ concluded from the document: a peer is "encrypted" when the kernel has the peer,
 
 from __future__ import annotations
 
+import ipaddress
+
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import family_of, host_cidr, peers_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import is_inside
 
 # Seconds. A session is renewed after 120 and refused after 180 (REJECT_AFTER_TIME, whitepaper section 6.1); with 5 s retries for 90 s
 # (REKEY_ATTEMPT_TIME) a peer that talks has a handshake younger than this.
@@ -24,6 +27,8 @@ TELLING = ("encrypted", "idle", "no handshake", "partial", "accepting", "missing
 # What is sent to a peer goes into the tunnel, whether it answered of late or not; and rows that are not about a pair of members.
 THROUGH_THE_TUNNEL = ("encrypted", "idle")
 NO_PAIR = ("excluded", "unknown")
+# Not a fault, and told all the same: whoever reads the table may not be who set the variable.
+EXEMPT = "in clear, as mesh_exempt_cidrs asks: %s"
 # How much of the peers a result holds.
 DETAILS = ("all", "problems", "none")
 
@@ -53,12 +58,13 @@ def steered(routes_state, local_cidrs, node_families):
     return {"pods": pods & node_families, "nodes": nodes & node_families}
 
 
-def join(doc, node, generation, device, routes_state, interface, now):
+def join(doc, node, generation, device, routes_state, interface, now, exempt_cidrs=()):
     """Rows of a node's peers, sorted by name.
 
     :param device: WireGuard state as `read` returns it, or None when there is no device.
     :param routes_state: as `_routes.read_state` returns it.
     :param now: seconds since the epoch by the clock that the handshakes were taken with, the node's own.
+    :param exempt_cidrs: CIDRs; node addresses in them are to be reached outside the mesh.
     :returns: [{"name", "public_key", "endpoint", "addresses", "handshake_age": seconds or None, "rx_bytes", "tx_bytes", "state", "reason",
         "routed": bool}]
     """
@@ -68,6 +74,7 @@ def join(doc, node, generation, device, routes_state, interface, now):
     rules = steered(routes_state, entry["pod_cidrs"], families)
     # Families whose node addresses are to be reached through the tunnel: by local pods at least.
     rules["wanted_nodes"] = rules["nodes"] | {family_of(cidr) for cidr in entry["pod_cidrs"]}
+    rules["exempt"] = [ipaddress.ip_network(cidr) for cidr in exempt_cidrs]
     routes = {route["dst"] for route in routes_state["routes"] if route["dev"] == interface and route["type"] == "unicast"}
     live = device["peers"] if device else {}
     wanted = peers_of(doc, node, generation) if generation in entry["public_keys"] and entry["state"] != "excluded" else {}
@@ -82,14 +89,14 @@ def join(doc, node, generation, device, routes_state, interface, now):
     return sorted(rows, key=lambda row: (row["name"], row["public_key"] or ""))
 
 
-def join_generations(doc, node, devices, routes_state, now):
+def join_generations(doc, node, devices, routes_state, now, exempt_cidrs=()):
     """Rows as `join` returns them, with "generation", over all devices of the mesh on a node: each peer through the one that says most.
 
     :param devices: [(generation, device name, WireGuard state or None)], the generation that traffic is to go through first.
     """
     chosen, unknown = {}, []
     for generation, interface, device in devices:
-        for row in join(doc, node, generation, device, routes_state, interface, now):
+        for row in join(doc, node, generation, device, routes_state, interface, now, exempt_cidrs):
             row["generation"] = int(generation)
             if row["state"] == "unknown":
                 unknown.append(row)
@@ -138,6 +145,10 @@ def _state(row, other, peer, wanted, families, rules, routes):
     row["routed"] = bool(sent)
     # A peer without pods is reached by the node addresses alone.
     nodes = [host_cidr(text) for text in other["node_addresses"] if family_of(text) in rules["wanted_nodes"]]
+    spared = [text for text in nodes if text not in routes and is_inside(text, rules["exempt"])]
+    nodes = [text for text in nodes if text not in spared]
+    if spared and not nodes and not prefixes:
+        return "excluded", EXEMPT % ", ".join(spared)
     reached = [text for text in nodes if text in routes and family_of(text) in rules["nodes"]]
     if not sent and not reached and (prefixes or nodes or not rules["pods"]):
         return "accepting", "traffic to it takes the way of the CNI, in clear"
@@ -148,7 +159,7 @@ def _state(row, other, peer, wanted, families, rules, routes):
         return "no handshake", "traffic is sent into the tunnel, and the peer never answered"
     if row["handshake_age"] > HANDSHAKE_FRESH:
         return "idle", "no traffic for %d s; probe it to know" % row["handshake_age"]
-    return "encrypted", ""
+    return "encrypted", EXEMPT % ", ".join(spared) if spared else ""
 
 
 def counts(rows):

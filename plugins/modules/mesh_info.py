@@ -50,6 +50,14 @@ options:
       - Routing table of the pod CIDRs. The next one holds the node addresses.
     type: int
     default: 51840
+  exempt_cidrs:
+    description:
+      - Node addresses in these prefixes are meant to be reached outside the mesh, as with O(kubemesh.wireguard.routes#module:exempt_cidrs).
+        A peer of which nothing else is in clear counts as encrypted, and its C(reason) names them; one that has nothing else counts as
+        excluded.
+    type: list
+    elements: str
+    default: []
 seealso:
   - module: kubemesh.wireguard.probe
 """
@@ -296,6 +304,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import g
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, document_sha256, is_peer, node_entry
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import HEADER, SYSCTL_FILE, paths_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import exempt_fault
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_document, read_sysctl, read_text
 
 # What `is_peer` is told of a node that a document does not have.
@@ -379,7 +388,7 @@ def look(params, system):
         node_entry(doc, params["node"])
         devices = [(current, shown["name"], shown["state"])]
         devices += [(item["generation"], item["name"], item["state"]) for item in found if item is not shown and item["link"] is not None]
-        peers = _status.join_generations(effective or doc, params["node"], devices, routes, time.time())
+        peers = _status.join_generations(effective or doc, params["node"], devices, routes, time.time(), params["exempt_cidrs"])
     if doc is not None:
         if shown["link"] is None:
             warnings.append("device %s is missing; run the playbook enable" % shown["name"])
@@ -469,10 +478,13 @@ def main():
             "generation": {"type": "int", "choices": [0, 1]},
             "detail": {"type": "str", "choices": list(_status.DETAILS), "default": "all"},
             "table": {"type": "int", "default": 51840},
+            "exempt_cidrs": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
     try:
+        for fault in filter(None, map(exempt_fault, module.params["exempt_cidrs"])):
+            raise MeshError(fault)
         result = look(module.params, System(module))
     except MeshError as exc:
         module.fail_json(msg=str(exc))

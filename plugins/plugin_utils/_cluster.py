@@ -22,13 +22,8 @@ import yaml
 from ansible.errors import AnsibleError
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._membership import node_items
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, canonical_cidr, shown
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._pods import NODES, kubectl_name
-
-try:
-    import netaddr
-except ImportError:
-    netaddr = None  # _membership.require_libraries says so
 
 LOOKUP = "kubernetes.core.k8s"
 PAGE_SIZE = 500  # objects; what Kubernetes' own clients take (client-go, tools/pager)
@@ -64,11 +59,6 @@ PUBLISHING = Request(
     "writing public keys as annotations of Nodes",
     "it lacks the right to patch nodes: give it a ClusterRole with apiGroups [''], resources [nodes] and verbs [get, list, patch], as"
     " roles/mesh/files/controller-rbac.yml has it and the entry point rbac of the role applies it")
-
-
-def merged_by_netaddr(texts):
-    """`_pods.merged_prefixes` by netaddr, which is faster for many."""
-    return [canonical_cidr(str(network)) for network in netaddr.cidr_merge(list(texts))]
 
 
 def _existing(paths):

@@ -254,9 +254,9 @@ def test_rotation_is_waited_for_and_gone_on_from(tmp_path):
         lab.leave_document(last)
         for host in "ab":
             # the proof that the run has before it sends, for the agent to go by
+            proof_file = lab.place(host) / "lock" / ("proof-%s.json" % lab.devices[host])
             proof = lab.net.module(host, "probe", document_file=str(lab.place(host) / "mesh.json"), node=host, generation=1,
-                                   interface=lab.devices[host], proof_file=str(lab.place(host) / "lock" / ("proof-%s.json" %
-                                                                                                          lab.devices[host])))
+                                   interface=lab.devices[host], proof_file=str(proof_file))
             assert proof["proven_count"] == 1, proof
         for host in "ab":
             lab.net.module(host, "lock", state="absent", **locks[host])

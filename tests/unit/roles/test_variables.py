@@ -95,8 +95,8 @@ def test_every_variable_is_used():
 
 
 # Modules of tasks that change a node; `lock` and `probe` never say so, and what runs on the controller is no node's.
-CHANGING = {"kubemesh.wireguard.%s" % name for name in ("agent", "document", "guard", "interface", "keypair", "preshared_keys",
-                                                    "routes")}
+CHANGING = {"kubemesh.wireguard.%s" % name for name in (
+    "agent", "document", "guard", "interface", "keypair", "preshared_keys", "routes")}
 
 
 def tasks_of(blocks):

@@ -27,7 +27,7 @@ class Kernel:
     """Where every change works, and is counted, and reading costs."""
 
     def __init__(self):
-        self.reads, self.converged, self.error = 0, [], None
+        self.reads, self.converged, self.errors = 0, [], []
         self.state = {"name": "wgmesh0", "public_key": documents.key(1), "peers": {}}
 
     def name(self, generation):
@@ -44,8 +44,8 @@ class Kernel:
         return {}, self.state, self.routes()
 
     def converge(self, document, applied, proven, own_cidrs=None):
-        if self.error:
-            raise self.error
+        for error in self.errors:
+            raise error
         self.converged.append(sorted(document["nodes"]))
         return [], self.state
 
@@ -136,13 +136,13 @@ def test_the_time_of_day_decides_nothing(agent, monkeypatch, tmp_path):
 
 
 def test_what_fails_is_tried_again_later_from_the_beginning(agent):
-    agent.kernel.error = MeshError("the kernel says no")
+    agent.kernel.errors = [MeshError("the kernel says no")]
     agent.tick()
     assert agent.trouble == "the kernel says no" and agent.due["converge"] == agent.now + _agent.RETRY[0] and agent.whole
     agent.now += _agent.RETRY[0]
     agent.tick()
     assert agent.due["converge"] == agent.now + _agent.RETRY[1]
-    agent.kernel.error = None
+    agent.kernel.errors = []
     agent.now += _agent.RETRY[1]
     agent.tick()
     assert agent.trouble == "" and agent.applied == agent.document
@@ -196,7 +196,7 @@ class Guard:
     state = _agent_guard.IN_FORCE
 
     def __init__(self, kernel):
-        self.kernel, self.asked, self.error = kernel, [], None
+        self.kernel, self.asked, self.errors = kernel, [], []
 
     def is_changed(self):
         return False
@@ -205,8 +205,8 @@ class Guard:
         self.asked.append("forget")
 
     def close(self, document, whole):
-        if self.error:
-            raise self.error
+        for error in self.errors:
+            raise error
         self.asked.append(("close", sorted(document["nodes"]), whole, len(self.kernel.converged)))
         return [], False
 
@@ -220,7 +220,7 @@ class Guard:
 
 @pytest.fixture
 def guarded(agent, monkeypatch):
-    monkeypatch.setattr(_agent, "TableWatcher", lambda tell: threading.Thread())
+    monkeypatch.setattr(_agent, "TableWatcher", lambda tell: threading.Thread(target=lambda: None))
     agent.guard = Guard(agent.kernel)
     return agent
 
@@ -245,10 +245,10 @@ def test_what_is_in_the_way_of_the_mesh_is_not_in_that_of_the_guard(guarded):
 
 
 def test_without_its_guard_the_mesh_stays_as_it_is(guarded):
-    guarded.guard.error = MeshError("nft says no")
+    guarded.guard.errors = [MeshError("nft says no")]
     guarded.tick()
     assert guarded.trouble == "nft says no" and not guarded.kernel.converged
-    guarded.guard.error = None
+    guarded.guard.errors = []
     guarded.now += _agent.RETRY[0]
     guarded.tick()
     assert guarded.trouble == "" and guarded.kernel.converged

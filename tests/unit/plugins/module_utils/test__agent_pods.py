@@ -95,7 +95,7 @@ EVENTS = {source: st.lists(st.sampled_from([resource.kind for resource in _pods.
 def test_events_and_lists_lead_to_what_the_controller_reads(source, data):
     """Whatever came in whatever order: the agent's prefixes are those that netaddr makes of the objects that are there at the end."""
     pytest.importorskip("netaddr")
-    from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._cluster import merged_by_netaddr
+    from ansible_collections.kubemesh.wireguard.plugins.module_utils._membership import merged_by_netaddr
     objects = {resource.kind: {} for resource in _pods.RESOURCES[source]}
     pods = known(source)
     for kind, item, what in data.draw(EVENTS[source]):

@@ -431,8 +431,8 @@ def test_the_ruleset_is_one_transaction_and_the_same_every_time():
 
 def test_what_it_was_made_from_can_be_read_again():
     given_settings = dict(SETTINGS, encrypt="nodes", ports=[1, 2], exempt_nodes=["b", 'no "node"\n'], exempt_cidrs=["192.0.2.0/25"])
-    text = plan.ruleset_text(guard(**given_settings))
-    assert plan.settings_of(text) == given_settings and plan.ruleset_text(guard(**plan.settings_of(text))) == text
+    text = plan.ruleset_text(plan.wanted_guard(DOC, "a", given_settings))
+    assert plan.settings_of(text) == given_settings and plan.ruleset_text(plan.wanted_guard(DOC, "a", plan.settings_of(text))) == text
     line = next(line for line in text.splitlines() if line.startswith(plan.SETTINGS_MARK))
     damaged = ["", plan.SETTINGS_MARK + "{", plan.SETTINGS_MARK + "[]"] + [
         plan.SETTINGS_MARK + json.dumps(dict(given_settings, **change)) for change in (

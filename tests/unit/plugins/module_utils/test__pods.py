@@ -63,7 +63,7 @@ def covers(prefixes):
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(st.lists(ADDRESS, max_size=40))
 def test_both_merges_say_the_same(addresses):
-    from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._cluster import merged_by_netaddr
+    from ansible_collections.kubemesh.wireguard.plugins.module_utils._membership import merged_by_netaddr
     usable = []
     for address in addresses:
         try:
@@ -80,7 +80,7 @@ def test_both_merges_say_the_same(addresses):
 @hypothesis.given(st.lists(
     st.integers(0, 63).flatmap(lambda n: st.sampled_from(["10.0.0.%d" % n, "10.0.0.%d/28" % (n // 16 * 16)])), max_size=20))
 def test_prefixes_are_merged_alike(texts):
-    from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._cluster import merged_by_netaddr
+    from ansible_collections.kubemesh.wireguard.plugins.module_utils._membership import merged_by_netaddr
     assert _pods.merged_prefixes(texts) == merged_by_netaddr(texts)
 
 
@@ -165,8 +165,8 @@ def block(cidr, node, allocations, size=64, **more):
 
 
 def of_calico(affinities, blocks=()):
-    return _pods.calico_prefixes(_pods.reduced_all({"BlockAffinity": affinities, "IPAMBlock": list(blocks)}), set(NODES),
-                                set(NODE_ADDRESS.values()))[0]
+    reduced = _pods.reduced_all({"BlockAffinity": affinities, "IPAMBlock": list(blocks)})
+    return _pods.calico_prefixes(reduced, set(NODES), set(NODE_ADDRESS.values()))[0]
 
 
 BLOCKS = [affinity("10.1.0.0/26", "a"), affinity("10.1.0.64/26", "b"), affinity("fd00::/122", "a")]

@@ -68,8 +68,8 @@ def test_settings_that_differ():
 
 
 def test_what_need_not_be_the_same():
-    hosts = {"a": dict(GOOD), "b": dict(GOOD, rule_priority=500, admin_ports=[2222], exempt_nodes=[], confirm_timeout=60, probe_timeout=5.0,
-                                      lock_wait=600)}
+    other = dict(GOOD, rule_priority=500, admin_ports=[2222], exempt_nodes=[], confirm_timeout=60, probe_timeout=5.0, lock_wait=600)
+    hosts = {"a": dict(GOOD), "b": other}
     assert _settings.settings_faults(hosts) == [], "ports and nodes count under strict mode only"
     for settings in hosts.values():
         settings["strict"] = True

@@ -63,11 +63,11 @@ class World:
         self.routes["routes"] = [route for route in self.routes["routes"] if route["dst"] != dst]
         return self
 
-    def rows(self, generation=0):
-        return status.join(self.doc, "a", generation, self.device, self.routes, "wgmesh0", NOW)
+    def rows(self, generation=0, exempt=()):
+        return status.join(self.doc, "a", generation, self.device, self.routes, "wgmesh0", NOW, exempt)
 
-    def state(self, name="b"):
-        row = next(row for row in self.rows() if row["name"] == name)
+    def state(self, name="b", exempt=()):
+        row = next(row for row in self.rows(exempt=exempt) if row["name"] == name)
         return row["state"], row["reason"]
 
 
@@ -78,6 +78,21 @@ def test_all_is_well(encrypt):
     assert World(encrypt=encrypt).rows() == [{
         "name": "b", "public_key": key(2), "endpoint": "198.18.0.12:51840", "addresses": sorted(_mesh.allowed_ips_of(entry(2), "0")),
         "handshake_age": 17, "rx_bytes": 9012, "tx_bytes": 8120, "routed": True, "state": "encrypted", "reason": ""}]
+
+
+def test_what_is_exempt_is_no_fault_and_told():
+    exempt = ["198.18.0.12/32"]
+    world = World(encrypt="nodes").without_route("198.18.0.12/32")
+    assert world.state() == ("partial", "in clear: 198.18.0.12/32")
+    assert world.state(exempt=exempt) == ("encrypted", "in clear, as mesh_exempt_cidrs asks: 198.18.0.12/32")
+    assert world.without_route("2001:db8::2/128").state(exempt=exempt) == ("partial", "in clear: 2001:db8::2/128")
+    assert World(encrypt="nodes").state(exempt=exempt) == ("encrypted", ""), "it is sent into the tunnel still"
+
+
+def test_a_peer_of_which_all_is_exempt_is_no_pair():
+    world = World(document(b=entry(2, pod_cidrs=[], node_addresses=["198.18.0.12"])), "nodes").without_route("198.18.0.12/32")
+    assert world.state()[0] == "accepting"
+    assert world.state(exempt=["198.18.0.0/24"]) == ("excluded", "in clear, as mesh_exempt_cidrs asks: 198.18.0.12/32")
 
 
 @pytest.mark.parametrize("age,state", [(0, "encrypted"), (275, "encrypted"), (275.9, "encrypted"), (276, "idle"), (86400, "idle")])
