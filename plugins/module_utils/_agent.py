@@ -31,6 +31,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_p
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _agent_pods,
     _lock,
+    _membership,
     _mesh,
     _pods,
     _probe,
@@ -362,6 +363,7 @@ class Agent:
             self.load_base()
         computed = False
         over = now >= self.due["gone"] and decide.gone(self.roster, self.config["grace"], now)
+        self.doubt(now)
         if self.pods is not None and now >= self.due["gone"]:
             over = self.pods.forget(self.config["grace"], now) or over
         if over or (self.news and now >= self.settled()):
@@ -531,6 +533,14 @@ class Agent:
             self.has_news()
         self.due["converge"] = self.clock()
         log("mesh document of serial %d, %d nodes" % (base["serial"], len(base["nodes"])))
+
+    def doubt(self, now):
+        """Read a list again that alone says of nodes that they are gone, before they go."""
+        doubtful = decide.doubtful(self.roster, self.config["grace"], now)
+        if doubtful:
+            log("the API's list lacks %s: it is read again" % _membership.name_list(doubtful))
+            self.roster = decide.asked_again(self.roster, doubtful)
+            self.follower.list_again()
 
     def compute(self, now):
         """The document that follows from the news."""

@@ -13,9 +13,11 @@ The *base* is the mesh document that a run left on this node: keys, ports, gener
 document is the base with the news of the API, made by the same `_membership.build_document` that the controller uses. A *roster* is what
 is known of the API::
 
-    {"members": {name: candidate of `_membership`}, "problems": {name: [text]}, "complete": bool, "missing": {name: since}}
+    {"members": {name: candidate of `_membership`}, "problems": {name: [text]}, "complete": bool, "missing": {name: since},
+     "sure": {names}, "asked": {names}}
 
-``complete``: a whole list was read, events followed it without a gap, and nothing speaks against it.
+``complete``: a whole list was read, events followed it without a gap, and nothing speaks against it. ``sure``: nodes that the API said to be
+deleted, or that a second list lacked as well; ``asked``: those that the next list decides about.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def parse_config(text):
 
 def empty_roster():
     """Nothing is known yet."""
-    return {"members": {}, "problems": {}, "complete": False, "missing": {}}
+    return {"members": {}, "problems": {}, "complete": False, "missing": {}, "sure": frozenset(), "asked": frozenset()}
 
 
 def reduced(node):
@@ -111,7 +113,8 @@ def listed(roster, listing):
     problems = {name: found for name, (dummy, found) in listing.items() if found}
     changed = {name for name in set(members) | set(roster["members"]) if members.get(name) != roster["members"].get(name)}
     changed |= {name for name in set(problems) | set(roster["problems"]) if problems.get(name) != roster["problems"].get(name)}
-    return {"members": members, "problems": problems, "complete": True, "missing": dict(roster["missing"])}, changed
+    sure = frozenset(name for name in roster["sure"] | roster["asked"] if name not in listing)
+    return dict(roster, members=members, problems=problems, complete=True, sure=sure, asked=frozenset()), changed
 
 
 def happened(roster, name, found):
@@ -129,12 +132,13 @@ def happened(roster, name, found):
         members[name] = candidate
     if problems:
         all_problems[name] = problems
-    return dict(roster, members=members, problems=all_problems), True
+    sure = roster["sure"] - {name} if found is not None else roster["sure"] | {name}
+    return dict(roster, members=members, problems=all_problems, sure=sure), True
 
 
 def lost(roster):
     """The roster when the API is away: what is known stays, and nobody counts as missing any more."""
-    return dict(roster, complete=False, missing={})
+    return dict(roster, complete=False, missing={}, asked=frozenset())
 
 
 def note_missing(roster, document, own, now):
@@ -148,13 +152,25 @@ def note_missing(roster, document, own, now):
 
 
 def gone(roster, grace, now):
-    """Names that have been missing for the whole grace."""
-    return {name for name, since in roster["missing"].items() if now - since >= grace}
+    """Names that have been missing for the whole grace, and are known not to be missing by mistake."""
+    return {name for name, since in roster["missing"].items() if now - since >= grace and name in roster["sure"]}
+
+
+def doubtful(roster, grace, now):
+    """Names that have been missing for the whole grace, and of which one list alone says so: the list is to be read again before they go."""
+    return {name for name, since in roster["missing"].items()
+            if now - since >= grace and name not in roster["sure"] and name not in roster["asked"]}
+
+
+def asked_again(roster, names):
+    """The roster after a new list was asked for because of these names."""
+    return dict(roster, asked=roster["asked"] | set(names))
 
 
 def next_gone(roster, grace):
-    """When the next node will have been missing for the whole grace; None if none is."""
-    return min((since + grace for since in roster["missing"].values()), default=None)
+    """When the next node will have been missing for the whole grace; None if none is, or if only a list is waited for."""
+    return min((since + grace for name, since in roster["missing"].items() if name in roster["sure"] or name not in roster["asked"]),
+               default=None)
 
 
 def settle_at(first, last):

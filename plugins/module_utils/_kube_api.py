@@ -200,6 +200,7 @@ class Follower(threading.Thread):
         self.version = None
         self.failures = 0
         self.stopping = False
+        self._list_again = False  # the present watch is cut for the sake of a new list
         self._silent = True
         self._socket = None
 
@@ -208,12 +209,13 @@ class Follower(threading.Thread):
             try:
                 self.once()
             except (ApiError,) + LOST as exc:
-                if not self.stopping:
+                if not self.stopping and not self._list_again:
                     self._failed(exc)
 
     def once(self):
         """A list where one is needed, and one watch."""
-        if self.version is None:
+        if self.version is None or self._list_again:
+            self._list_again = False
             found, version = self.client.list(self.path, self.kind, lambda item: (self.key_of(item), self.reduce(item)), **self.how)
             listing = {name: reduced for name, reduced in found if name is not None}
             doubt = self.check(listing)
@@ -227,13 +229,16 @@ class Follower(threading.Thread):
         finally:
             if self.clock() - began >= SETTLED_SECONDS:
                 self._silent, self.failures = False, 0
-        if self._silent:
+        if self._silent and not self._list_again:
             # A server that ends watches at once, without a word, must not be asked in a loop.
             self.failures += 1
             self.pause(decide.backoff(self.failures, self.jitter()))
 
     def _opened(self, handle):
         self._socket = handle
+        if self._list_again:
+            self.cut()  # it was asked for while there was no watch to cut
+            return
         self.tell("back", None)
 
     def _event(self, kind, obj, version):
@@ -257,6 +262,11 @@ class Follower(threading.Thread):
     def stop(self):
         """End; the thread may still sit in a pause or a connection that is being made."""
         self.stopping = True
+        self.cut()
+
+    def list_again(self):
+        """Read the list once more, from another thread: what was told may be wrong. Nothing is told of the watch that ends for it."""
+        self._list_again = True
         self.cut()
 
     def cut(self):

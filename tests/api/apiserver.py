@@ -56,7 +56,7 @@ REASONS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFo
            410: "Expired", 415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError",
            503: "ServiceUnavailable", 504: "Timeout"}
 
-FAULTS = ("status", "gone_in_stream", "empty", "garbage", "half", "slow", "hang", "reset")
+FAULTS = ("status", "gone_in_stream", "empty", "partial", "garbage", "half", "slow", "hang", "reset")
 
 
 class ApiError(Exception):
@@ -708,6 +708,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             resource = self.api.resource(request["resource"])
             self._json(200, {"kind": resource.kind + "List", "apiVersion": resource.prefix.split("/", 1)[1],
                              "metadata": {"resourceVersion": str(self.api.store.version)}, "items": []}, request)
+        elif fault.fault == "partial":
+            # a whole list by all it says, without some
+            request["lacks"] = tuple(more["names"])
+            return False
         elif fault.fault == "garbage":
             self._raw(200, more.get("body", "<html>a proxy says hello</html>").encode(), request)
         elif fault.fault == "hang":
@@ -786,6 +790,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = request["query"]
         limit = int(asked.get("limit") or 0)
         objects, version, token, left = self.api.store.page(resource, self._query(request), limit, asked.get("continue"))
+        objects = [obj for obj in objects if obj["metadata"]["name"] not in request.get("lacks", ())]
         metadata = {"resourceVersion": str(version)}
         if token:
             metadata.update({"continue": token, "remainingItemCount": left})

@@ -168,6 +168,13 @@ def test_faults_come_as_often_as_said(api, fault, more, seen):
     assert len(Client(api).ask(NODES)[1]["items"]) == 5
 
 
+def test_a_list_can_lack_some(api):
+    api.fault("partial", verb="list", names=["w1", "w3"])
+    code, body = Client(api).ask(NODES)
+    assert code == 200 and [item["metadata"]["name"] for item in body["items"]] == ["w2", "w4", "w5"] and not body["metadata"].get("continue")
+    assert len(Client(api).ask(NODES)[1]["items"]) == 5
+
+
 def test_half_an_event(api):
     api.fault("half", verb="watch", bytes=150)
     stream = Client(api).watch(NODES + "?watch=1")

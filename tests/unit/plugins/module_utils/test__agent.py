@@ -70,6 +70,8 @@ def agent(tmp_path):
               "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
     it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})
     it.now = 1000.0
+    it.lists = []
+    it.follower.list_again = lambda: it.lists.append(it.now)
     it.load_base()
     it.due["converge"] = it.now
     return it
@@ -104,7 +106,8 @@ def test_whole_comparisons_come_within_60_to_90_seconds_and_news_need_none(agent
 
 
 def test_who_is_gone_goes_after_the_grace_and_not_while_the_api_is_away(agent):
-    agent.on_listed(listing(1))
+    agent.on_listed(listing(1, 2))
+    agent.on_event(("w2", None))
     agent.now += 1
     agent.tick()
     agent.on_away("cut")
@@ -120,11 +123,36 @@ def test_who_is_gone_goes_after_the_grace_and_not_while_the_api_is_away(agent):
     assert set(agent.document["nodes"]) == {"w1"} and agent.kernel.converged[-1] == ["w1"]
 
 
+def test_who_is_gone_from_a_list_goes_when_another_says_so_too(agent):
+    agent.on_listed(listing(1))
+    agent.now += 61
+    agent.tick()
+    assert agent.lists == [agent.now] and set(agent.document["nodes"]) == {"w1", "w2"} and agent.pause() > 0
+    agent.now += 1
+    agent.tick()
+    assert len(agent.lists) == 1
+    # the first list was wrong
+    agent.on_listed(listing(1, 2))
+    agent.now += 3600
+    agent.tick()
+    assert len(agent.lists) == 1 and set(agent.document["nodes"]) == {"w1", "w2"}
+    # this one is not
+    agent.on_listed(listing(1))
+    agent.now += 61
+    agent.tick()
+    assert len(agent.lists) == 2 and set(agent.document["nodes"]) == {"w1", "w2"}
+    agent.on_listed(listing(1))
+    agent.now += _agent.GONE_AGAIN
+    agent.tick()
+    assert set(agent.document["nodes"]) == {"w1"}
+
+
 def test_the_time_of_day_decides_nothing(agent, monkeypatch, tmp_path):
     """Whoever sets the clock, forward or back, neither hurries the grace nor stops the work."""
     jumps = itertools.cycle([2e9, 1e6, 0.0, 3e9])
     monkeypatch.setattr(_agent.time, "time", lambda: next(jumps))
-    agent.on_listed(listing(1))
+    agent.on_listed(listing(1, 2))
+    agent.on_event(("w2", None))
     for dummy in range(59):
         agent.now += 1
         agent.tick()

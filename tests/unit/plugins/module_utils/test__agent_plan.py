@@ -62,6 +62,11 @@ def roster(*nodes):
     return found
 
 
+def sure(found):
+    """The roster when a second list lacks the same."""
+    return dict(found, sure=frozenset(found["missing"]))
+
+
 def following(previous, found, now=0.0, remembered=None, **config):
     config = dict(CONFIG, **config)
     found = plan.note_missing(found, previous, config["node"], found.get("noted", now))
@@ -97,7 +102,7 @@ def test_documents_are_those_of_the_controller(before, after, again):
     """After the grace, the agent's document is what a run makes of the same list, but for the serial."""
     previous = document(1, *before)
     items = [node(1)] + [node(number, **({"uid": "uid-again"} if again and number == after[0] else {})) for number in after]
-    found = plan.note_missing(roster(*items), previous, "w1", 0.0)
+    found = sure(plan.note_missing(roster(*items), previous, "w1", 0.0))
     own, dummy = plan.next_document(previous, found, plan.adopt(previous, found, "node_cidrs"), CONFIG, 60.0)
     candidates, problems = _membership.nodes_from_k8s(items)
     theirs, dummy = _membership.build_document(candidates, {}, previous, {"complete": True})
@@ -140,13 +145,32 @@ def test_what_a_cluster_can_hold_is_never_an_exception(item):
 
 def test_gone_after_the_grace_of_a_complete_list_only():
     previous = document(1, 2)
-    found = plan.note_missing(roster(node(1)), previous, "w1", 100.0)
+    found = plan.note_missing(plan.happened(roster(node(1), node(2)), "w2", None)[0], previous, "w1", 100.0)
     assert plan.gone(found, 60, 159.9) == set() and plan.gone(found, 60, 160.0) == {"w2"} and plan.next_gone(found, 60) == 160.0
     # it is not counted while nobody knows, and counted anew afterwards
     away = plan.lost(found)
     assert plan.note_missing(away, previous, "w1", 150.0)["missing"] == {}
     back = plan.note_missing(dict(away, complete=True), previous, "w1", 155.0)
     assert plan.gone(back, 60, 200.0) == set() and plan.gone(back, 60, 215.0) == {"w2"}
+
+
+def test_gone_from_one_list_is_asked_again():
+    previous = document(1, 2, 3)
+    found = plan.note_missing(roster(node(1)), previous, "w1", 0.0)
+    assert plan.doubtful(found, 60, 59.0) == set() and plan.next_gone(found, 60) == 60.0
+    assert plan.doubtful(found, 60, 60.0) == {"w2", "w3"} and plan.gone(found, 60, 1e9) == set()
+    found = plan.asked_again(found, {"w2", "w3"})
+    assert plan.doubtful(found, 60, 61.0) == set() and plan.next_gone(found, 60) is None
+    # the API went away before it answered: all begins again
+    away = plan.note_missing(dict(plan.lost(found), complete=True), previous, "w1", 70.0)
+    assert plan.doubtful(away, 60, 130.0) == {"w2", "w3"}
+    # the second list has one of them
+    second = {"w1": plan.reduced(node(1)), "w3": plan.reduced(node(3))}
+    found = plan.note_missing(plan.listed(found, second)[0], previous, "w1", 62.0)
+    assert plan.gone(found, 60, 62.0) == {"w2"} and plan.doubtful(found, 60, 62.0) == set()
+    # what comes back is not known to be gone the next time
+    back = plan.happened(found, "w2", plan.reduced(node(2)))[0]
+    assert back["sure"] == frozenset()
 
 
 def test_own_node_and_unreadable_nodes_are_never_missing():
@@ -161,7 +185,7 @@ def test_own_node_and_unreadable_nodes_are_never_missing():
 
 def test_missing_stays_until_the_grace_is_over():
     previous = document(1, 2, 3)
-    found = plan.note_missing(roster(node(1), node(2)), previous, "w1", 0.0)
+    found = sure(plan.note_missing(roster(node(1), node(2)), previous, "w1", 0.0))
     remembered = plan.adopt(previous, found, "node_cidrs")
     assert plan.next_document(previous, found, remembered, CONFIG, 59.0)[0]["nodes"] == previous["nodes"]
     assert set(plan.next_document(previous, found, remembered, CONFIG, 60.0)[0]["nodes"]) == {"w1", "w2"}

@@ -150,6 +150,30 @@ def test_lists_that_are_not_believed_are_told_to_nobody(api):
         it.stop()
 
 
+def test_a_list_is_read_again_when_asked_and_nobody_is_told_that_the_api_is_away(api):
+    api.fault("partial", verb="list", names=["w1"])
+    told = Told(api)
+    assert set(told.next("listed", "away")[1]) == {"w0", "w2"}
+    told.next("back")
+    told.follower.list_again()
+    what, listing = told.next("listed", "away")
+    assert what == "listed" and set(listing) == {"w0", "w1", "w2"}
+    assert told.next("back", "away")[0] == "back" and told.pauses == []
+    change(api)
+    assert told.next("event", "listed")[0] == "event"
+    told.stop()
+
+
+def test_a_list_that_is_asked_for_while_there_is_no_watch_comes_nevertheless(api, told):
+    told.follower.list_again()
+    told.next("listed")
+    # asked for when the list was read already, and the watch was not open yet
+    opened = told.follower._opened
+    told.follower._opened = lambda handle: (setattr(told.follower, "_opened", opened), told.follower.list_again(), opened(handle))
+    api.close_watches()
+    assert told.next("listed", "away")[0] == "listed" and told.next("back", "away")[0] == "back"
+
+
 def test_watches_that_end_at_once_are_not_begun_in_a_loop(api, told):
     before = len(told.pauses)
     api.fault("gone_in_stream", verb="watch", times=0)
