@@ -143,11 +143,11 @@ def lost(roster):
 
 def note_missing(roster, document, own, now):
     """The roster with the time since which each node of a document has been missing. A node that is there again, or whose Node cannot be
-    read, is not missing."""
+    read, is not missing, and neither is one that never came from the API."""
     if not roster["complete"]:
         return dict(roster, missing={})
-    missing = {name: roster["missing"].get(name, now) for name in document["nodes"]
-               if name != own and name not in roster["members"] and name not in roster["problems"]}
+    missing = {name: roster["missing"].get(name, now) for name, entry in document["nodes"].items()
+               if name != own and entry["uid"] and name not in roster["members"] and name not in roster["problems"]}
     return dict(roster, missing=missing)
 
 
@@ -193,7 +193,7 @@ def adopt(document, roster, pod_source):
             continue
         annotations[name] = dict(candidate["annotation_keys"])
         # Where prefixes follow the pods, others than before say nothing; the role refuses mesh_pod_cidrs there.
-        if pod_source == _pods.NODE_CIDRS and entry["pod_cidrs"] and candidate["pod_cidrs"] and (
+        if pod_source == _pods.NODE_CIDRS and entry["pod_cidrs"] and (
                 entry["pod_cidrs"] != _mesh.sorted_cidrs(candidate["pod_cidrs"])):
             kept["pod_cidrs"].append(name)
         if entry["node_addresses"] != _mesh.node_address_order(candidate["node_addresses"]):
@@ -224,6 +224,59 @@ def _with_news(candidate, entry, own, remembered, generation):
     return dict(candidate, annotation_keys=keys)
 
 
+def _is_same(candidate, entry):
+    """Whether this is the Node object that the entry of the document was made of."""
+    return candidate["uid"] in ("", entry["uid"])
+
+
+def _with_lost(candidates, before, remembered, pod_source):
+    """``(candidates, [texts for people])``: what a Node object had and does not have any more is taken from the document.
+
+    The API server refuses to take a Node's pod CIDRs away, and a node has an address as long as it is one: where they are gone, it is the
+    answer that is wrong, most likely for all nodes, and the mesh must not go with it. Prefixes of pods come and go, but not all at once.
+    """
+    fields = ["node_addresses"]
+    if pod_source == _pods.NODE_CIDRS or not any(candidate["pod_cidrs"] for candidate in candidates if candidate["name"] in before):
+        fields.append("pod_cidrs")
+    found, lost = [], {}
+    for candidate in candidates:
+        name, entry = candidate["name"], before.get(candidate["name"])
+        for field in fields if entry is not None and entry["state"] != "excluded" and _is_same(candidate, entry) else ():
+            if entry[field] and not candidate[field]:
+                candidate = dict(candidate, **{field: entry[field]})
+                if name not in remembered["kept"][field]:
+                    lost.setdefault(field, set()).add(name)
+        found.append(candidate)
+    what = {"node_addresses": "status.addresses has no InternalIP", "pod_cidrs": "spec.podCIDRs is empty"}
+    if pod_source != _pods.NODE_CIDRS:
+        what["pod_cidrs"] = "pod_source %s has no prefix of any pod" % pod_source
+    return found, ["%s any more, for %s: what the mesh has stays; look at what the API says of them, and if it is meant, run the playbook"
+                   " reconcile" % (what[field], _membership.name_list(names)) for field, names in sorted(lost.items())]
+
+
+def _as_they_are(before, roster, exclude_nodes):
+    """``(names of entries that only a run may change, [texts for people])``.
+
+    Who leaves the mesh has to stop sending before the others stop accepting, and its own agent cannot make them wait. And what does not
+    come from the API cannot be gone from there, nor be corrected by it.
+    """
+    leaving = {}
+    for name, entry in before.items():
+        candidate = roster["members"].get(name)
+        if entry["state"] != "excluded" and candidate is not None and _is_same(candidate, entry):
+            reason = candidate["excluded"] or (_membership.REASON_EXCLUDE_NODES if name in exclude_nodes else "")
+            if reason:
+                leaving[name] = reason
+    foreign = {name for name, entry in before.items() if not entry["uid"]}
+    texts = ["node %s is to be excluded (%s): run the playbook reconcile, which takes it out without a gap; until then it stays in the mesh"
+             % (name, leaving[name]) for name in sorted(leaving)]
+    if foreign:
+        texts.append("the mesh document has no uid for %s, so the Nodes of the API are not known to be the same and what becomes of them is"
+                     " not followed: run the playbook reconcile with mesh_nodes_source kubernetes or kubectl"
+                     % _membership.name_list(foreign))
+    return foreign | set(leaving), texts
+
+
 def _from_entry(name, entry):
     """The candidate of a node that the API does not show (now), as the document has it."""
     return {"name": name, "uid": entry["uid"], "excluded": entry["reason"] if entry["state"] == "excluded" else "",
@@ -237,7 +290,10 @@ def _build(candidates, previous, remembered, config, kept):
         settings[name] = None
     document, warnings = _membership.build_document(candidates, {}, previous, {
         "complete": True, "port": previous["ports"]["0"], "generation": previous["generation"],
-        "exclude_nodes": config["exclude_nodes"], "service_cidrs": config["service_cidrs"], "pod_source": config["pod_source"],
+        # Who is a member leaves by a run, see _as_they_are.
+        "exclude_nodes": [name for name in config["exclude_nodes"]
+                          if name not in previous["nodes"] or previous["nodes"][name]["state"] == "excluded"],
+        "service_cidrs": config["service_cidrs"], "pod_source": config["pod_source"],
         "settings": {name: own for name, own in settings.items() if own is not None},
         "overlaps": _membership.plain_overlap_problems})
     # Settings that this node alone has, and a document that is this node's alone: what others are told comes from runs.
@@ -272,14 +328,19 @@ def next_document(previous, roster, remembered, config, now):
     own = config["node"]
     over = gone(roster, config["grace"], now)
     before = previous["nodes"]
+    texts = [text for name in sorted(roster["problems"]) for text in roster["problems"][name]]
+    untouched, more = _as_they_are(before, roster, config["exclude_nodes"])
+    texts += more
     news = [_with_news(candidate, before.get(name), own, remembered, previous["generation"])
-            for name, candidate in sorted(roster["members"].items()) if name not in roster["problems"]]
-    absent = {name: entry for name, entry in before.items() if name not in roster["members"] or name in roster["problems"]}
+            for name, candidate in sorted(roster["members"].items()) if name not in roster["problems"] and name not in untouched]
+    news, more = _with_lost(news, before, remembered, config["pod_source"])
+    texts += more
+    absent = {name: entry for name, entry in before.items()
+              if name not in roster["members"] or name in roster["problems"] or name in untouched}
     absent = {name: entry for name, entry in absent.items() if name not in over}
     gives_way = _in_the_way({name: entry for name, entry in absent.items() if name in roster["missing"]}, news, config["pod_source"])
     kept = sorted(set(absent) - gives_way)
     stays = [_from_entry(name, before[name]) for name in kept]
-    texts = [text for name in sorted(roster["problems"]) for text in roster["problems"][name]]
     try:
         document, warnings = _build(news + stays, previous, remembered, config, kept)
         return document, texts + warnings

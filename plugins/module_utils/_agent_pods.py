@@ -51,9 +51,12 @@ def reducer(kind):
 
 
 def distrust(resource, listing):
-    """Why a complete list, ``{key: ...}``, is not to be believed, or an empty text."""
-    if listing:
+    """Why a complete list, ``{key: reduced object or None}``, is not to be believed, or an empty text."""
+    if any(one is not None and one.values for one in listing.values()):
         return ""
+    if listing:
+        return ("the API's list of %s has %d objects and none with an address that counts, and a cluster in which %s gives addresses has at"
+                " least one" % (resource.plural, len(listing), resource.owner))
     return "the API's list of %s is empty, and a cluster in which %s gives addresses has at least one" % (resource.plural, resource.owner)
 
 

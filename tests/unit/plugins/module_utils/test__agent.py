@@ -61,7 +61,7 @@ class Client:
 def agent(tmp_path):
     for name in ("runtime", "state"):
         (tmp_path / name).mkdir()
-    doc = documents.document({"w%d" % number: documents.entry(number) for number in (1, 2)})
+    doc = documents.document({"w%d" % number: documents.entry(number, uid="u%d" % number) for number in (1, 2)})
     (tmp_path / "mesh.json").write_bytes(_mesh.document_bytes(doc))
     config = {"node": "w1", "server": "https://192.0.2.1", "ca_file": None, "token_file": None, "interface": "wgmesh", "table": 51840,
               "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": [], "grace": 60,

@@ -70,7 +70,7 @@ def sure(found):
 def following(previous, found, now=0.0, remembered=None, **config):
     config = dict(CONFIG, **config)
     found = plan.note_missing(found, previous, config["node"], found.get("noted", now))
-    return plan.next_document(previous, found, remembered or plan.adopt(previous, found, "node_cidrs"), config, now)
+    return plan.next_document(previous, found, remembered or plan.adopt(previous, found, config["pod_source"]), config, now)
 
 
 # --- the same as the controller's ------------------------------------------------------------------------------------------------------
@@ -207,6 +207,84 @@ def test_an_entry_that_is_set_by_a_person_stays():
     # also while its Node is missing
     after, dummy = following(previous, roster(node(1)))
     assert after["nodes"] == previous["nodes"]
+
+
+# --- answers that lack something -------------------------------------------------------------------------------------------------------
+
+def without(item, field):
+    """A Node object whose pod CIDRs or addresses are called something else."""
+    if field == "pod_cidrs":
+        return dict(item, spec={"podCidrs": item["spec"]["podCIDRs"]})
+    return dict(item, status={"addresses": [dict(address, type="internalIP") for address in item["status"]["addresses"]]})
+
+
+@pytest.mark.parametrize("field", ["pod_cidrs", "node_addresses"])
+@pytest.mark.parametrize("who", [(2,), (1, 2, 3, 4, 5)])
+def test_fields_that_vanish_take_nothing_away(field, who):
+    previous = document(1, 2, 3, 4, 5)
+    whole = roster(*[node(number) for number in range(1, 6)])
+    remembered = plan.adopt(previous, whole, "node_cidrs")
+    found = roster(*[without(node(number), field) if number in who else node(number) for number in range(1, 6)])
+    after, texts = plan.next_document(previous, plan.note_missing(found, previous, "w1", 0.0), remembered, CONFIG, 0.0)
+    assert after["nodes"] == previous["nodes"]
+    assert len(texts) == 1 and "any more, for %s:" % ", ".join("w%d" % number for number in who) in texts[0]
+    # and what is right again is followed
+    after, texts = plan.next_document(after, plan.listed(found, {"w2": plan.reduced(node(2, node_addresses=["198.18.7.7"])), **{
+        "w%d" % number: plan.reduced(node(number)) for number in (1, 3, 4, 5)}})[0], remembered, CONFIG, 0.0)
+    assert after["nodes"]["w2"]["node_addresses"] == ["198.18.7.7"] and texts == []
+
+
+@pytest.mark.parametrize("other", [[], [node(6, annotations={KEY0: documents.key(2)})]])
+@pytest.mark.parametrize("source", ["pods", "calico_ipam", "cilium"])
+def test_prefixes_of_pods_go_node_by_node_and_never_all_at_once(source, other):
+    """Also beside a Node that cannot be used, which makes the others be tried one by one."""
+    previous = document(1, 2, 3)
+    nothing = {"pod_cidrs": []}
+    found = roster(node(1), node(2, **nothing), node(3))
+    assert following(previous, found, pod_source=source)[0]["nodes"]["w2"]["pod_cidrs"] == []
+    found = roster(node(1, **nothing), node(2, **nothing), node(3, **nothing), *other)
+    after, texts = following(previous, found, pod_source=source)
+    assert {name: after["nodes"][name] for name in previous["nodes"]} == previous["nodes"]
+    assert any("no prefix of any pod any more, for w1, w2, w3" in text for text in texts)
+
+
+def test_another_node_of_the_same_name_may_have_nothing_yet():
+    previous = document(1, 2)
+    after, dummy = following(previous, roster(node(1), node(2, uid="again", pod_cidrs=[])))
+    assert after["nodes"]["w2"]["pod_cidrs"] == []
+
+
+def test_what_a_person_set_for_nodes_of_which_the_api_has_nothing_stays_in_silence():
+    previous = document(1, 2)
+    found = roster(*[without(without(node(number), "pod_cidrs"), "node_addresses") for number in (1, 2)])
+    assert following(previous, found) == (previous, [])
+
+
+# --- what is left to runs --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("how", ["annotation", "option"])
+def test_who_is_to_be_excluded_stays_until_a_run_takes_it_out(how):
+    previous = document(1, 2)
+    item = node(2)
+    if how == "annotation":
+        item["metadata"]["annotations"]["kubemesh.wireguard/excluded"] = "true"
+    found, config = roster(node(1), item), {} if how == "annotation" else {"exclude_nodes": ["w2"]}
+    after, texts = following(previous, found, **config)
+    assert after == previous and len(texts) == 1 and "node w2 is to be excluded" in texts[0] and "reconcile" in texts[0]
+    # the node's own agent goes on as well
+    after, texts = following(previous, found, node="w2", **config)
+    assert plan.hindrance(after, "w2", documents.key(2)) == "" and texts
+    # one that is new does not become a peer
+    after, texts = following(document(1), found, **config)
+    assert after["nodes"]["w2"]["state"] == "excluded" and texts == []
+
+
+def test_who_does_not_come_from_the_api_is_not_changed_by_it():
+    previous = document(1, 2, 3, w2={"uid": ""}, w3={"uid": ""})
+    found = sure(plan.note_missing(roster(node(1), node(2, node_addresses=["198.18.9.9"], pod_cidrs=["10.244.77.0/24"])), previous, "w1", 0.0))
+    assert found["missing"] == {}
+    after, texts = plan.next_document(previous, found, NOTHING, CONFIG, 1e9)
+    assert after["nodes"] == previous["nodes"] and "no uid for w2, w3" in texts[0]
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------------------------

@@ -158,7 +158,18 @@ def test_an_empty_list_is_not_believed():
     for source in _pods.SOURCES[1:]:
         for resource in _pods.RESOURCES[source]:
             assert resource.plural in _agent_pods.distrust(resource, {})
-            assert _agent_pods.distrust(resource, {"x": None}) == ""
+            assert "1 objects and none" in _agent_pods.distrust(resource, {"x": None})
+
+
+@pytest.mark.parametrize("source, kind, item, change", [
+    ("pods", "Pod", pod("p", "a", "10.0.0.1"), {"status": {"phase": "Running", "addresses": ["10.0.0.1"]}}),
+    ("calico_ipam", "BlockAffinity", affinity("10.0.0.0/30", "a"), {"spec": {"cidr": "10.0.0.0/30", "node": "a", "state": "Confirmed"}}),
+    ("calico_ipam", "IPAMBlock", block("10.0.0.0/30", {0: "a"}), {"spec": {"blockCIDR": "10.0.0.0/30"}}),
+    ("cilium", "CiliumNode", cilium("a", "10.0.0.0/24"), {"spec": {"ipam": {"cidrs": ["10.0.0.0/24"]}}})])
+def test_a_list_in_which_fields_have_other_names_is_not_believed(source, kind, item, change):
+    resource = next(one for one in _pods.RESOURCES[source] if one.kind == kind)
+    assert _agent_pods.distrust(resource, listing(kind, [item])) == ""
+    assert "none with an address" in _agent_pods.distrust(resource, listing(kind, [dict(item, **change)]))
 
 
 def test_nothing_is_known_before_all_lists_were_read():
