@@ -65,7 +65,7 @@ PROVE_SECONDS = 3.0
 # Rounds without an answer after which a fresh handshake and received bytes are enough: a firewall of the peer may drop what knocks. By then
 # an idle peer has sent a keepalive (10 s, KEEPALIVE_TIMEOUT, whitepaper, section 6.5).
 ROUNDS_OF_KNOCKING = 4
-# Seconds until the node's own key is offered to the API again after it was refused.
+# Seconds until the node's own key is offered to the same Node again: after it was refused, or where somebody writes another one.
 PUBLISH_AGAIN = 600.0
 # How many times as long as it took the next computation waits: of a cluster with very many pods the agent takes a fifth of a processor.
 REST = 4.0
@@ -202,6 +202,17 @@ class Kernel:
         self.last = (generation, link, state, wanted)
         return early + link_steps + first + steps + last, state
 
+    def withdraw(self):
+        """Take back what makes this node send, from what `look` returned last: rules, then routes; -> steps. What it accepts stays."""
+        generation, link, state, current = self.last
+        wanted = {"routes": [], "rules": []}
+        steps = _routes_plan.plan_routes(current, wanted)
+        if steps:
+            self.last = None
+            live_routes.apply_live(self.system, current, wanted, steps)
+            self.last = (generation, link, state, wanted)
+        return steps
+
     def prove(self, document, names, before):
         """Ask peers through the tunnel: ``{name: entry of `_probe.judge`}``. ``before``: {public key: peer of a device state} of earlier
         rounds, for peers that answer nothing but handshakes."""
@@ -264,7 +275,8 @@ class Agent:
                                  lambda listing: decide.distrust(listing, config["node"]))
         source = config["pod_source"]
         self.pods = None if source == _pods.NODE_CIDRS else _agent_pods.PodRoster(source)
-        self.followers = [self.follower] + [self.pod_follower(resource) for resource in _pods.RESOURCES[source]]
+        self.pod_followers = {resource.kind: self.pod_follower(resource) for resource in _pods.RESOURCES[source]}
+        self.followers = [self.follower] + list(self.pod_followers.values())
         self.sending = None       # of `_agent_pods.next_sending`; None where the rules of the kernel are to be read first
         self.stopping = False
         self.roster = decide.empty_roster()
@@ -333,7 +345,8 @@ class Agent:
         times = [when for what, when in self.due.items() if what not in ("gone", "compare", "rest", "send", "save")]
         if self.news:
             times.append(self.settled())
-        gone = [decide.next_gone(self.roster, self.config["grace"])]
+        grace = self.config["grace"]
+        gone = [decide.next_gone(self.roster, grace), decide.own_forgotten_at(self.remembered, self.roster, grace)]
         if self.pods is not None:
             gone.append(self.pods.next_gone(self.config["grace"]))
         times += [max(when, self.due["gone"]) for when in gone if when is not None]
@@ -362,7 +375,9 @@ class Agent:
             self.due["base"] = now + BASE_INTERVAL
             self.load_base()
         computed = False
-        over = now >= self.due["gone"] and decide.gone(self.roster, self.config["grace"], now)
+        forgotten_at = decide.own_forgotten_at(self.remembered, self.roster, self.config["grace"])
+        over = now >= self.due["gone"] and (decide.gone(self.roster, self.config["grace"], now)
+                                            or (forgotten_at is not None and now >= forgotten_at))
         self.doubt(now)
         if self.pods is not None and now >= self.due["gone"]:
             over = self.pods.forget(self.config["grace"], now) or over
@@ -442,7 +457,7 @@ class Agent:
             if text != self.pods.away[kind]:
                 log("the API: %s" % (text or "watching %s" % kind))
                 self.due["report"] = self.clock()
-            self.pods.away[kind] = text
+            self.pods.heard(kind, text, self.clock())
         if changed:
             self.has_news()
 
@@ -471,7 +486,6 @@ class Agent:
     def on_published(self, text):
         if text:
             log("the node's public key is not published: %s" % text)
-        self.published = (self.published[0], self.clock() + PUBLISH_AGAIN) if text else (self.published[0], None)
 
     def on_tables(self, text):
         if text:
@@ -513,7 +527,8 @@ class Agent:
             base = None
         if base is None:
             self.base = self.document = None
-            self.trouble, self.unproven = "there is no mesh document at %s: run the playbook enable" % path, set()
+            self.trouble = "there is no mesh document at %s: run the playbook enable" % path
+            self.ask_nobody()
             self.tell_soon()
             return
         sha256 = _mesh.document_sha256(base)
@@ -541,6 +556,8 @@ class Agent:
             log("the API's list lacks %s: it is read again" % _membership.name_list(doubtful))
             self.roster = decide.asked_again(self.roster, doubtful)
             self.follower.list_again()
+        for kind in self.pods.ask_again(self.config["grace"], now) if self.pods is not None else ():
+            self.pod_followers[kind].list_again()
 
     def compute(self, now):
         """The document that follows from the news."""
@@ -552,6 +569,10 @@ class Agent:
         if self.remembered is None:
             self.remembered = decide.adopt(self.document, self.roster, self.config["pod_source"])
         self.roster = self.missing()
+        remembered = decide.with_own(self.remembered, self.roster, self.document, self.config, now)
+        if remembered != self.remembered:
+            self.remembered, self.expected = remembered, True
+            self.due["converge"] = now
         roster, texts = (self.roster, []) if self.pods is None else self.pods.view(self.roster, self.document)
         document, more = decide.next_document(self.document, roster, self.remembered, self.config, now)
         texts = texts + more
@@ -619,11 +640,20 @@ class Agent:
 
     def distrust_fresh(self, state):
         """Peers that the device does not have (any more): that they were reached once is no proof for when they are added."""
-        fresh = decide.keys_of(self.document, self.config["node"], str(self.document["generation"])) - set(state["peers"])
-        if fresh - self.fresh_keys:
-            self.fresh_keys |= fresh
-            self.proved = {name: key for name, key in self.proved.items() if key not in fresh}
+        self.distrust(decide.keys_of(self.document, self.config["node"], str(self.document["generation"])) - set(state["peers"]))
+
+    def distrust(self, keys):
+        """Whether these were reached says nothing from now on."""
+        if keys - self.fresh_keys:
+            self.fresh_keys |= keys
+            self.proved = {name: key for name, key in self.proved.items() if key not in keys}
             self.save_proofs()
+
+    def ask_nobody(self):
+        """Nothing can be done with an answer now."""
+        self.unproven = set()
+        self.asked.clear()
+        self.before.clear()
 
     def prove(self, now):
         """Ask those that are due, in a thread of its own."""
@@ -659,7 +689,7 @@ class Agent:
         now = self.clock()
         for name in list(self.asked):
             if name not in self.unproven or self.asked[name][0] != here[name]:
-                del self.asked[name]
+                self.before.pop(self.asked.pop(name)[0], None)
         for name in self.unproven:
             self.asked.setdefault(name, (here[name], 0, now))
 
@@ -715,11 +745,20 @@ class Agent:
             log("the guard: %s" % decide.guard_words(closed))
         dummy, state, routed = self.kernel.look(document["generation"], self.whole)
         trouble = decide.hindrance(document, self.config["node"], state["public_key"] if state else None)
-        if trouble != self.trouble and trouble:
-            log(trouble)
-        self.trouble = trouble
+        told, self.trouble = self.trouble, trouble
         if trouble:
-            self.unproven = set()
+            if trouble != told:
+                log(trouble)
+            self.ask_nobody()
+            return
+        self.trouble = decide.hindrance_of_own(self.remembered, self.roster, self.config["node"])
+        if self.trouble:
+            if self.trouble != told:
+                log(self.trouble)
+            self.ask_nobody()
+            # Who took this node for gone may accept something else by now: all are asked again before anything is sent.
+            self.distrust(decide.keys_of(document, self.config["node"], str(document["generation"])))
+            self.kernel.withdraw()
             return
         self.distrust_fresh(state)
         proven = self.proven()
@@ -756,14 +795,14 @@ class Agent:
         own = self.roster["members"].get(self.config["node"])
         if own is None or self.document is None:
             return
-        wanted = decide.keys_to_publish(self.document, own)
-        if not wanted or (self.published and self.published[0] == wanted and (self.published[1] is None or now < self.published[1])):
-            return  # nothing to do, done, or refused a short while ago
+        wanted = (decide.keys_to_publish(self.document, own), own["uid"])
+        if not wanted[0] or (self.published and self.published[0] == wanted and now < self.published[1]):
+            return  # nothing to do, or done or refused a short while ago
         self.published = (wanted, now + PUBLISH_AGAIN)
 
         def work():
             try:
-                self.client.patch("%s/%s" % (NODES, self.config["node"]), {"metadata": {"annotations": wanted}})
+                self.client.patch("%s/%s" % (NODES, self.config["node"]), {"metadata": {"annotations": wanted[0]}})
                 self.queue.put(("published", ""))
             except (MeshError, OSError) as exc:
                 self.queue.put(("published", str(exc)))

@@ -14,10 +14,11 @@ document is the base with the news of the API, made by the same `_membership.bui
 is known of the API::
 
     {"members": {name: candidate of `_membership`}, "problems": {name: [text]}, "complete": bool, "missing": {name: since},
-     "sure": {names}, "asked": {names}}
+     "sure": {names}, "asked": {names}, "own_gone": since or None}
 
 ``complete``: a whole list was read, events followed it without a gap, and nothing speaks against it. ``sure``: nodes that the API said to be
-deleted, or that a second list lacked as well; ``asked``: those that the next list decides about.
+deleted, or that a second list lacked as well; ``asked``: those that the next list decides about; ``own_gone``: since when this node's own
+Node has been deleted, as the API said in so many words: a list without it is not believed.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def parse_config(text):
 
 def empty_roster():
     """Nothing is known yet."""
-    return {"members": {}, "problems": {}, "complete": False, "missing": {}, "sure": frozenset(), "asked": frozenset()}
+    return {"members": {}, "problems": {}, "complete": False, "missing": {}, "sure": frozenset(), "asked": frozenset(),
+            "own_gone": None}
 
 
 def reduced(node):
@@ -138,17 +140,20 @@ def happened(roster, name, found):
 
 def lost(roster):
     """The roster when the API is away: what is known stays, and nobody counts as missing any more."""
-    return dict(roster, complete=False, missing={}, asked=frozenset())
+    return dict(roster, complete=False, missing={}, asked=frozenset(), own_gone=None)
 
 
 def note_missing(roster, document, own, now):
     """The roster with the time since which each node of a document has been missing. A node that is there again, or whose Node cannot be
     read, is not missing, and neither is one that never came from the API."""
     if not roster["complete"]:
-        return dict(roster, missing={})
+        return dict(roster, missing={}, own_gone=None)
+    own_gone = None
+    if own not in roster["members"] and own not in roster["problems"]:
+        own_gone = now if roster["own_gone"] is None else roster["own_gone"]
     missing = {name: roster["missing"].get(name, now) for name, entry in document["nodes"].items()
                if name != own and entry["uid"] and name not in roster["members"] and name not in roster["problems"]}
-    return dict(roster, missing=missing)
+    return dict(roster, missing=missing, own_gone=own_gone)
 
 
 def gone(roster, grace, now):
@@ -173,6 +178,30 @@ def next_gone(roster, grace):
                default=None)
 
 
+def with_own(remembered, roster, document, config, now):
+    """What is remembered, with whether the others have forgotten this node: ``forgotten``.
+
+    They do when its Node was deleted for the whole grace. That it is registered again is not enough, kubelet does it without annotations:
+    they know its key when its Node has it.
+    """
+    own, generation = config["node"], str(document["generation"])
+    candidate = roster["members"].get(own)
+    forgotten = remembered["forgotten"]
+    if candidate is not None:
+        key = document["nodes"].get(own, {"public_keys": {}})["public_keys"].get(generation)
+        forgotten = forgotten and candidate["annotation_keys"].get(generation) != key
+    elif roster["own_gone"] is not None and now - roster["own_gone"] >= config["grace"]:
+        forgotten = True
+    return remembered if forgotten == remembered["forgotten"] else dict(remembered, forgotten=forgotten)
+
+
+def own_forgotten_at(remembered, roster, grace):
+    """When the others will have forgotten this node; None where they have, or nothing speaks for it."""
+    if remembered is None or remembered["forgotten"] or roster["own_gone"] is None:
+        return None
+    return roster["own_gone"] + grace
+
+
 def settle_at(first, last):
     """When news are applied that came first and last at these times."""
     return min(last + SETTLE, first + SETTLE_LONGEST)
@@ -184,7 +213,8 @@ def adopt(document, roster, pod_source):
     """What is remembered about a base document when the API is first seen beside it::
 
         {"annotations": {name: {generation: text}},          # these are no news: the run knew them, or something better
-         "kept": {"pod_cidrs": [names], "node_addresses": [names]}}   # the document has other values, so a person set them
+         "kept": {"pod_cidrs": [names], "node_addresses": [names]},   # the document has other values, so a person set them
+         "forgotten": False}                                          # see with_own
     """
     annotations, kept = {}, {"pod_cidrs": [], "node_addresses": []}
     for name, entry in sorted(document["nodes"].items()):
@@ -198,7 +228,7 @@ def adopt(document, roster, pod_source):
             kept["pod_cidrs"].append(name)
         if entry["node_addresses"] != _mesh.node_address_order(candidate["node_addresses"]):
             kept["node_addresses"].append(name)
-    return {"annotations": annotations, "kept": kept}
+    return {"annotations": annotations, "kept": kept, "forgotten": False}
 
 
 def _settings(name, remembered):
@@ -213,11 +243,11 @@ def _settings(name, remembered):
 def _with_news(candidate, entry, own, remembered, generation):
     """A candidate whose annotations count only where they are news: a run that ended later than an annotation was written knew better.
 
-    Nobody else says what this node's own key is: it is in the device. Keys of another ``generation`` than the one in use are the business
+    Nobody else says what this node's own key is: it is in the device, and its annotation can but agree. Keys of another ``generation`` than the one in use are the business
     of rotations; after one, the annotation of the old key may be left.
     """
-    keys = {number: text for number, text in candidate["annotation_keys"].items()
-            if candidate["name"] != own and number == str(generation)}
+    keys = {number: text for number, text in candidate["annotation_keys"].items() if number == str(generation)
+            and (candidate["name"] != own or (entry is not None and entry["public_keys"].get(number) == text))}
     if entry is not None and entry["uid"] == candidate["uid"]:
         known = remembered["annotations"].get(candidate["name"], {})
         keys = {number: text for number, text in keys.items() if number not in entry["public_keys"] or known.get(number) != text}
@@ -398,6 +428,15 @@ def keys_to_publish(document, candidate):
 
 
 # --- what the kernel shall hold ------------------------------------------------------------------------------------------------------
+
+def hindrance_of_own(remembered, roster, own):
+    """Why this node sends nothing into the tunnels, or an empty text."""
+    if remembered is None or not remembered["forgotten"]:
+        return ""
+    how = "deleted and registered again without its key" if own in roster["members"] else "deleted"
+    return "the Node of this node was %s, so the others do not accept what it sends, and it sends nothing through the mesh: %s" % (
+        how, "run the playbook reconcile" if own in roster["members"] else "when it is registered again, run the playbook reconcile")
+
 
 def hindrance(document, node, has_key):
     """Why this agent leaves the kernel alone, or an empty text. ``has_key``: the public key of the device, None where there is none."""
@@ -650,7 +689,8 @@ def parse_memory(text, base_sha256):
             remembered = {
                 "annotations": {str(name): {str(generation): str(key) for generation, key in keys.items() if str(generation) in GENERATIONS}
                                 for name, keys in remembered["annotations"].items()},
-                "kept": {field: [str(name) for name in remembered["kept"][field]] for field in ("pod_cidrs", "node_addresses")}}
+                "kept": {field: [str(name) for name in remembered["kept"][field]] for field in ("pod_cidrs", "node_addresses")},
+                "forgotten": bool(remembered["forgotten"])}
         return _mesh.validate_document(kept["document"]), remembered
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MeshError):
         return None, None

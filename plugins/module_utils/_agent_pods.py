@@ -63,8 +63,8 @@ def distrust(resource, listing):
 class PodRoster:
     """What is known of the objects of a source. ``source``: one of `_pods.SOURCES` but node_cidrs.
 
-    An object whose end was told is gone. One that a new list does not have any more stays for the grace, unless another has what it had:
-    what a list lacks, nobody has said to be gone.
+    An object whose end was told is gone. One that a new list does not have any more stays for the grace, and until a second list lacks it
+    too, unless another has what it had: what a list lacks, nobody has said to be gone.
     """
 
     def __init__(self, source):
@@ -72,8 +72,16 @@ class PodRoster:
         self.kinds = [resource.kind for resource in _pods.RESOURCES[source]]
         self.found = {kind: {} for kind in self.kinds}
         self.missing = {kind: {} for kind in self.kinds}    # {key: since}
+        self.sure = {kind: set() for kind in self.kinds}    # keys that a second list lacked too
+        self.asked = {kind: set() for kind in self.kinds}   # keys that the next list decides about
         self.away = dict.fromkeys(self.kinds, "not reached yet")
         self.listed_once = set()
+
+    def heard(self, kind, text, now):
+        """The API is away, ``text`` says why, or it is back (an empty text). The time in between does not count for what is missing."""
+        if text != self.away[kind]:
+            self.away[kind], self.asked[kind] = text, set()
+            self.missing[kind] = dict.fromkeys(self.missing[kind], now)
 
     def is_known(self):
         """Whether every list was read: until then nothing can be said of any node."""
@@ -91,12 +99,15 @@ class PodRoster:
         after.update((key, before[key]) for key in missing)
         changed = after != before or missing != self.missing[kind] or kind not in self.listed_once
         self.found[kind], self.missing[kind] = after, missing
+        self.sure[kind] = (self.sure[kind] | self.asked[kind]) & set(missing)
+        self.asked[kind] = set()
         self.listed_once.add(kind)
         return changed
 
     def happened(self, kind, key, one):
         """Take in an event; ``one``: reduced object, None for one that is gone or has no address. -> whether anything changed."""
         self.missing[kind].pop(key, None)
+        self.sure[kind].discard(key)
         if self.found[kind].get(key) == one:
             return False
         if one is None:
@@ -105,16 +116,33 @@ class PodRoster:
             self.found[kind][key] = one
         return True
 
+    def _over(self, grace, now):
+        """``[(kind, key)]`` that were missing for the whole grace; none while anything of the API is away."""
+        if self.trouble():
+            return []
+        return [(kind, key) for kind in self.kinds for key, since in self.missing[kind].items() if now >= since + grace]
+
     def forget(self, grace, now):
-        """Let those go that were missing for the whole grace; -> whether there were any."""
-        over = [(kind, key) for kind in self.kinds for key, since in self.missing[kind].items() if now >= since + grace]
+        """Let those go that were missing for the whole grace, by two lists; -> whether there were any."""
+        over = [(kind, key) for kind, key in self._over(grace, now) if key in self.sure[kind]]
         for kind, key in over:
             del self.missing[kind][key], self.found[kind][key]
+            self.sure[kind].discard(key)
         return bool(over)
 
+    def ask_again(self, grace, now):
+        """Kinds of which a list is to be read again, because one alone says of objects that they are gone; each time only once."""
+        over = [(kind, key) for kind, key in self._over(grace, now) if key not in self.sure[kind] and key not in self.asked[kind]]
+        for kind, key in over:
+            self.asked[kind].add(key)
+        return {kind for kind, dummy in over}
+
     def next_gone(self, grace):
-        """When the next object will have been missing for the whole grace; None if none is."""
-        return min((since + grace for kind in self.kinds for since in self.missing[kind].values()), default=None)
+        """When the next object will have been missing for the whole grace; None if none is, or if the API is waited for."""
+        if self.trouble():
+            return None
+        return min((since + grace for kind in self.kinds for key, since in self.missing[kind].items()
+                    if key in self.sure[kind] or key not in self.asked[kind]), default=None)
 
     def objects(self):
         """*Found* of `_pods`: everything but what is missing and whose addresses or blocks another has now."""

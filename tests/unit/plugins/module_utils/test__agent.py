@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import queue
 import sys
 import threading
 
@@ -18,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import documents
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_guard, _agent_plan, _mesh
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_guard, _agent_plan, _mesh, _wg_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_watch import ApiError
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
@@ -27,7 +28,7 @@ class Kernel:
     """Where every change works, and is counted, and reading costs."""
 
     def __init__(self):
-        self.reads, self.converged, self.errors = 0, [], []
+        self.reads, self.converged, self.errors, self.withdrawn = 0, [], [], 0
         self.state = {"name": "wgmesh0", "public_key": documents.key(1), "peers": {}}
 
     def name(self, generation):
@@ -43,6 +44,9 @@ class Kernel:
         self.reads += int(whole)
         return {}, self.state, self.routes()
 
+    def withdraw(self):
+        self.withdrawn += 1
+
     def converge(self, document, applied, proven, own_cidrs=None):
         for error in self.errors:
             raise error
@@ -51,7 +55,13 @@ class Kernel:
 
 
 class Client:
-    """An API that is never reached."""
+    """An API that is never reached; what is written there is noted."""
+
+    def __init__(self):
+        self.patches = queue.Queue()
+
+    def patch(self, path, patch):
+        self.patches.put((path, patch))
 
     def list(self, path, kind, reduce):
         raise ApiError("not there")
@@ -69,6 +79,7 @@ def agent(tmp_path):
               "document_file": str(tmp_path / "mesh.json"), "boot_folder": str(tmp_path), "lock_file": str(tmp_path / "no" / "lock.json"),
               "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
     it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})
+    it.prove = lambda now: None
     it.now = 1000.0
     it.lists = []
     it.follower.list_again = lambda: it.lists.append(it.now)
@@ -145,6 +156,79 @@ def test_who_is_gone_from_a_list_goes_when_another_says_so_too(agent):
     agent.now += _agent.GONE_AGAIN
     agent.tick()
     assert set(agent.document["nodes"]) == {"w1"}
+
+
+def peers(doc):
+    """The peers of a device that is as a document says, for w1."""
+    steps = [dict(peer, op="add_peer", public_key=key) for key, peer in _mesh.peers_of(doc, "w1", 0).items()]
+    return _wg_plan.apply_steps(_wg_plan.empty_state("wgmesh0"), steps)["peers"]
+
+
+def kubelets(number):
+    """A Node as kubelet registers it anew."""
+    again = node(number)
+    again["metadata"].update(uid="again", annotations={})
+    return _agent_plan.reduced(again)
+
+
+def test_who_is_forgotten_stops_sending_and_goes_on_when_the_others_can_know_its_key(agent):
+    agent.on_listed(listing(1, 2))
+    agent.proved = {"w2": documents.key(2)}
+    agent.kernel.state["peers"] = peers(agent.document)
+    agent.now += 1
+    agent.tick()
+    assert agent.proven() == {"w2"} and len(agent.kernel.converged) == 1
+    agent.on_event(("w1", None))
+    for dummy in range(59):
+        agent.now += 1
+        agent.tick()
+    assert agent.trouble == "" and agent.kernel.withdrawn == 0
+    agent.now += _agent.GONE_AGAIN
+    agent.tick()
+    assert "was deleted" in agent.trouble and agent.kernel.withdrawn == 1 and set(agent.document["nodes"]) == {"w1", "w2"}
+    assert agent.proven() == set() and agent.pause() > 0
+    done = len(agent.kernel.converged)
+    agent.on_event(("w1", kubelets(1)))
+    agent.now += 1
+    agent.tick()
+    agent.now = agent.due["compare"]
+    agent.tick()
+    assert "without its key" in agent.trouble and len(agent.kernel.converged) == done
+    # it offers its key at once, though it is the same as ever
+    assert agent.client.patches.get(timeout=20) == ("/api/v1/nodes/w1", {"metadata": {"annotations": {
+        "kubemesh.wireguard/public-key-0": documents.key(1)}}})
+    agent.on_event(("w1", _agent_plan.reduced(node(1))))
+    agent.now += 1
+    agent.tick()
+    assert agent.trouble == "" and len(agent.kernel.converged) == done + 1
+
+
+def test_the_key_is_offered_to_each_new_node_object_but_not_all_the_time(agent):
+    for dummy in range(3):
+        agent.on_listed(dict(listing(2), w1=kubelets(1)))
+        agent.publish(agent.now)
+    assert agent.client.patches.get(timeout=20) and agent.client.patches.empty()
+    agent.on_event(("w1", kubelets(1)[:1] + ([],)))
+    agent.roster["members"]["w1"]["uid"] = "third"
+    agent.publish(agent.now)
+    assert agent.client.patches.get(timeout=20)
+    agent.now += _agent.PUBLISH_AGAIN
+    agent.publish(agent.now)
+    assert agent.client.patches.get(timeout=20)
+
+
+def test_what_was_known_of_peers_that_left_unproven_is_forgotten(agent):
+    agent.kernel.state["peers"] = peers(agent.document)
+    agent.tick()
+    agent.before[documents.key(2)] = {}
+    assert set(agent.asked) == {"w2"}
+    agent.on_listed(listing(1, 2))
+    agent.on_event(("w2", None))
+    agent.now += 61
+    agent.tick()
+    agent.now += 10
+    agent.tick()
+    assert agent.asked == {} and agent.before == {}
 
 
 def test_the_time_of_day_decides_nothing(agent, monkeypatch, tmp_path):

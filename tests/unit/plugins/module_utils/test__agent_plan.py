@@ -32,7 +32,7 @@ CONFIG = {
     "rule_priority": 400, "fwmark": 4096, "exempt_cidrs": [], "exclude_nodes": [], "service_cidrs": ["10.96.0.0/12"], "grace": 60,
     "pod_source": "node_cidrs",
     "document_file": "/d", "boot_folder": "/b", "lock_file": "/l", "runtime": "/r", "state": "/s", "metrics_file": "/m"}
-NOTHING = {"annotations": {}, "kept": {"pod_cidrs": [], "node_addresses": []}}
+NOTHING = {"annotations": {}, "kept": {"pod_cidrs": [], "node_addresses": []}, "forgotten": False}
 
 
 def entry(number, **other):
@@ -183,6 +183,47 @@ def test_own_node_and_unreadable_nodes_are_never_missing():
     assert after["nodes"]["w2"] == previous["nodes"]["w2"] and any("nonsense" in text for text in texts)
 
 
+def kubelets(number):
+    """A Node as kubelet registers it anew."""
+    return node(number, uid="uid-again", annotations={})
+
+
+def test_who_was_deleted_for_the_grace_is_forgotten_until_its_node_has_its_key():
+    previous, config = document(1, 2), dict(CONFIG, node="w2")
+
+    def step(found, remembered, now):
+        found = plan.note_missing(found, previous, "w2", now)
+        return found, plan.with_own(remembered, found, previous, config, now)
+
+    found, remembered = step(roster(node(1), node(2)), NOTHING, 0.0)
+    assert remembered == NOTHING and plan.own_forgotten_at(remembered, found, 60) is None
+    found, remembered = step(plan.happened(found, "w2", None)[0], remembered, 10.0)
+    assert not remembered["forgotten"] and plan.own_forgotten_at(remembered, found, 60) == 70.0
+    # registered again in time: the others keep the key
+    assert not step(plan.happened(found, "w2", plan.reduced(kubelets(2)))[0], remembered, 69.0)[1]["forgotten"]
+    # while the API is away, and after it, nothing is known of the time before
+    found, remembered = step(plan.lost(found), remembered, 100.0)
+    found, remembered = step(dict(found, complete=True), remembered, 110.0)
+    assert not remembered["forgotten"]
+    found, remembered = step(found, remembered, 170.0)
+    assert remembered["forgotten"] and "was deleted," in plan.hindrance_of_own(remembered, found, "w2")
+    assert plan.own_forgotten_at(remembered, found, 60) is None
+    found, remembered = step(plan.happened(found, "w2", plan.reduced(kubelets(2)))[0], remembered, 180.0)
+    assert remembered["forgotten"] and "registered again without its key," in plan.hindrance_of_own(remembered, found, "w2")
+    # it outlives this program, but not a run
+    assert plan.parse_memory(plan.memory_text("sum", previous, remembered), "sum") == (previous, remembered)
+    found, remembered = step(plan.happened(found, "w2", plan.reduced(node(2, uid="uid-again")))[0], remembered, 190.0)
+    assert not remembered["forgotten"] and plan.hindrance_of_own(remembered, found, "w2") == ""
+    # its own document knows the new Node then
+    after, texts = plan.next_document(previous, found, remembered, config, 190.0)
+    assert after["nodes"]["w2"] == dict(previous["nodes"]["w2"], uid="uid-again") and texts == []
+
+
+@pytest.mark.parametrize("listing", [{}, {"w1": 1}])
+def test_no_list_makes_a_node_believe_that_it_was_deleted(listing):
+    assert plan.distrust(listing, "w2")
+
+
 def test_missing_stays_until_the_grace_is_over():
     previous = document(1, 2, 3)
     found = sure(plan.note_missing(roster(node(1), node(2)), previous, "w1", 0.0))
@@ -281,7 +322,8 @@ def test_who_is_to_be_excluded_stays_until_a_run_takes_it_out(how):
 
 def test_who_does_not_come_from_the_api_is_not_changed_by_it():
     previous = document(1, 2, 3, w2={"uid": ""}, w3={"uid": ""})
-    found = sure(plan.note_missing(roster(node(1), node(2, node_addresses=["198.18.9.9"], pod_cidrs=["10.244.77.0/24"])), previous, "w1", 0.0))
+    other = node(2, node_addresses=["198.18.9.9"], pod_cidrs=["10.244.77.0/24"])
+    found = sure(plan.note_missing(roster(node(1), other), previous, "w1", 0.0))
     assert found["missing"] == {}
     after, texts = plan.next_document(previous, found, NOTHING, CONFIG, 1e9)
     assert after["nodes"] == previous["nodes"] and "no uid for w2, w3" in texts[0]

@@ -57,6 +57,7 @@ def known(source, **objects):
     pods = _agent_pods.PodRoster(source)
     for kind in pods.kinds:
         pods.listed(kind, listing(kind, objects.get(kind, [])), 0.0)
+        pods.heard(kind, "", 0.0)
     return pods
 
 
@@ -134,7 +135,38 @@ def test_a_deleted_pod_goes_at_once_and_one_that_a_list_lacks_after_the_grace():
     assert not pods.forget(60, 69.0)
     # A second list does not make it younger.
     pods.listed("Pod", listing("Pod", [pod("q", "a", "10.0.0.4")]), 30.0)
-    assert pods.forget(60, 70.0) and prefixes(pods)["a"] == ["10.0.0.4/32"] and pods.next_gone(60) is None
+    assert not pods.forget(60, 70.0) and pods.ask_again(60, 69.0) == set() and pods.ask_again(60, 70.0) == {"Pod"}
+    assert pods.ask_again(60, 71.0) == set() and pods.next_gone(60) is None
+    pods.listed("Pod", listing("Pod", [pod("q", "a", "10.0.0.4")]), 72.0)
+    assert pods.next_gone(60) == 70.0
+    assert pods.forget(60, 72.0) and prefixes(pods)["a"] == ["10.0.0.4/32"] and pods.next_gone(60) is None
+
+
+def test_what_one_list_lacked_by_mistake_stays():
+    pods = known("pods", Pod=[pod("p", "a", "10.0.0.1"), pod("q", "a", "10.0.0.4")])
+    pods.listed("Pod", listing("Pod", [pod("q", "a", "10.0.0.4")]), 0.0)
+    assert pods.ask_again(60, 60.0) == {"Pod"}
+    pods.listed("Pod", listing("Pod", [pod("p", "a", "10.0.0.1"), pod("q", "a", "10.0.0.4")]), 61.0)
+    assert not pods.forget(60, 1e9) and prefixes(pods)["a"] == ["10.0.0.1/32", "10.0.0.4/32"]
+
+
+def test_the_grace_does_not_run_while_the_api_is_away():
+    pods = known("calico_ipam", BlockAffinity=[affinity("10.0.0.0/30", "a"), affinity("10.0.0.4/30", "b")],
+                 IPAMBlock=[block("10.0.0.0/30", {})])
+    pods.listed("BlockAffinity", listing("BlockAffinity", [affinity("10.0.0.0/30", "a")]), 0.0)
+    pods.heard("BlockAffinity", "cut", 50.0)
+    assert not pods.ask_again(60, 1e6) and not pods.forget(60, 1e6) and pods.next_gone(60) is None
+    pods.heard("BlockAffinity", "", 1000.0)
+    assert pods.next_gone(60) == 1060.0 and pods.ask_again(60, 1059.0) == set()
+    # nor while another kind is away
+    pods.heard("IPAMBlock", "cut", 1010.0)
+    assert not pods.ask_again(60, 1e6)
+    pods.heard("IPAMBlock", "", 1100.0)
+    assert pods.ask_again(60, 1100.0) == {"BlockAffinity"}
+    # what was asked before the API went away is asked anew
+    pods.heard("BlockAffinity", "cut", 1101.0)
+    pods.heard("BlockAffinity", "", 1102.0)
+    assert pods.ask_again(60, 1162.0) == {"BlockAffinity"}
 
 
 @pytest.mark.parametrize("source,kind,gone,there,wanted", [
