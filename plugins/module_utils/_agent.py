@@ -161,17 +161,17 @@ class Kernel:
         """Whether the rules of this node, as a run left them, steer packets whatever their source."""
         return not any(rule["iif"] for rule in live_routes.stored_rules(self.config["boot_folder"]))
 
-    def converge(self, document, applied, proven, own_cidrs=None):
+    def converge(self, document, applied, proven, own_cidrs=None, trial=None, tried=frozenset()):
         """Bring the kernel to a document, from what `look` returned last; -> ``(steps in the order they were done, device after them)``.
 
-        ``own_cidrs``: the prefixes that this node sends from, None for all of its own.
+        ``own_cidrs``: the prefixes that this node sends from, None for all of its own; ``trial``, ``tried``: of `_agent_plan.plan_device`.
         """
         generation, link, state, current = self.last
         # Until all steps are done nobody knows what is there.
         self.last = None
         config, node = self.config, self.config["node"]
         name = state["name"]
-        link_steps, first, last = decide.plan_device(state, link, document, applied, config, live_device.has_ipv6())
+        link_steps, first, last = decide.plan_device(state, link, document, applied, config, live_device.has_ipv6(), trial, tried)
         if any(step["op"] == "create_link" for step in link_steps):
             raise MeshError("device %s is missing: run the playbook enable on this node" % name)
         settings = dict(decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"])), own_cidrs=own_cidrs)
@@ -292,7 +292,10 @@ class Agent:
         self.texts, self.trouble, self.waits = [], "", ""
         self.proved = {}          # {name: public key} that was reached
         self.fresh_keys = set()   # keys of peers that were added since: what a run proved before says nothing about them
-        self.asked = {}           # {name: (public key, rounds, when to ask again)}
+        self.asked = {}           # {public key: (name, rounds, when to ask again)}
+        self.trial = None         # (document of `_agent_plan.with_keys`, {name: public key}) that are tried
+        self.tried = set()        # keys of them that the device may have
+        self.proven_keys = set()  # keys of them with which their nodes were reached
         self.before = {}
         self.proving = False
         self.published = None
@@ -351,7 +354,7 @@ class Agent:
             gone.append(self.pods.next_gone(self.config["grace"]))
         times += [max(when, self.due["gone"]) for when in gone if when is not None]
         if not self.proving:
-            times += [again for name, (dummy, dummy2, again) in self.asked.items() if name in self.unproven]
+            times += [again for dummy, dummy2, again in self.asked.values()]
         return max(0.0, min(times) - self.clock())
 
     def receive(self, seconds):
@@ -466,18 +469,22 @@ class Agent:
         entries, error = result
         now = self.clock()
         fresh = False
-        for name, (key, rounds, dummy) in list(self.asked.items()):
-            entry = entries.get(name)
-            if entry is None and name not in error:
+        for key, (name, rounds, dummy) in list(self.asked.items()):
+            entry = entries.get(key)
+            if entry is None and key not in error:
                 continue
-            if entry and entry["public_key"] == key and (entry["proven"] or (entry.get("handshake_only") and rounds >= ROUNDS_OF_KNOCKING)):
-                self.proved[name] = key
-                self.fresh_keys.discard(key)
-                self.asked.pop(name)
-                self.before.pop(key, None)
-                fresh = True
+            if not entry or not (entry["proven"] or (entry.get("handshake_only") and rounds >= ROUNDS_OF_KNOCKING)):
+                self.asked[key] = (name, rounds, now + decide.prove_again(rounds))
+                continue
+            self.asked.pop(key)
+            self.before.pop(key, None)
+            self.fresh_keys.discard(key)
+            if self.trial is not None and self.trial[1].get(name) == key:
+                self.proven_keys.add(key)
+                self.has_news()
             else:
-                self.asked[name] = (key, rounds, now + decide.prove_again(rounds))
+                self.proved[name] = key
+                fresh = True
         if fresh:
             self.save_proofs()
             self.expected = True
@@ -542,7 +549,7 @@ class Agent:
             # At a start the kernel is as this agent left it, or as a run or the boot made it.
             self.applied = self.document
             self.expected = True
-        self.whole, self.sending = True, None
+        self.whole, self.sending, self.trial = True, None, None
         self.load_proofs()
         if self.roster["complete"]:
             self.has_news()
@@ -574,8 +581,8 @@ class Agent:
             self.remembered, self.expected = remembered, True
             self.due["converge"] = now
         roster, texts = (self.roster, []) if self.pods is None else self.pods.view(self.roster, self.document)
-        document, more = decide.next_document(self.document, roster, self.remembered, self.config, now)
-        texts = texts + more
+        document, more = decide.next_document(self.document, roster, self.remembered, self.config, now, frozenset(self.proven_keys))
+        texts = texts + more + self.try_keys(document, now)
         for text in texts:
             if text not in self.texts:
                 log("warning: " + text)
@@ -596,6 +603,24 @@ class Agent:
         self.unsaved = True
         self.roster = self.missing()
         self.publish(now)
+
+    def try_keys(self, document, now):
+        """What is proven of new keys counts from now on, what is not is asked for; -> [texts for people]."""
+        node, generation = self.config["node"], str(document["generation"])
+        for name, entry in document["nodes"].items() if self.proven_keys else ():
+            key = entry["public_keys"].get(generation)
+            if key in self.proven_keys:
+                self.proven_keys.discard(key)
+                self.proved[name] = key
+                self.save_proofs()
+        waiting = decide.new_keys(document, self.roster, self.remembered, node)
+        # One that was proven and then taken back must be proven again.
+        self.proven_keys &= set(waiting.values())
+        trial, tried = decide.with_keys(document, waiting)
+        if tried != (self.trial[1] if self.trial is not None else {}):
+            self.due["converge"], self.expected = now, True
+        self.trial = (trial, tried) if tried else None
+        return decide.key_texts(document, self.roster, waiting, node)
 
     def memory_file(self):
         return os.path.join(self.config["state"], MEMORY)
@@ -657,26 +682,31 @@ class Agent:
 
     def prove(self, now):
         """Ask those that are due, in a thread of its own."""
-        if self.proving or not self.unproven or self.document is None:
+        if self.proving or self.document is None:
             return
-        names = sorted(name for name in self.unproven if name in self.asked and self.asked[name][2] <= now)
-        if not names:
+        keys = sorted(key for key, (dummy, dummy2, when) in self.asked.items() if when <= now)
+        if not keys:
             return
-        for name in names:
-            key, rounds, dummy = self.asked[name]
-            self.asked[name] = (key, rounds + 1, now)
+        new, document = [], self.document
+        trial, tried = self.trial or (None, {})
+        names = []
+        for key in keys:
+            name, rounds, dummy = self.asked[key]
+            self.asked[key] = (name, rounds + 1, now)
+            (new if tried.get(name) == key else names).append(name)
         self.proving = True
-        document = self.document
 
         def work():
             entries = {}
             try:
-                entries = self.kernel.prove(document, names, self.before)
+                for of_document, some in ((document, sorted(names)), (trial, sorted(new))):
+                    found = self.kernel.prove(of_document, some, self.before) if some else {}
+                    entries.update((entry["public_key"], entry) for entry in found.values())
             except (MeshError, OSError) as exc:
                 log("warning: %s" % exc)
             finally:
                 # whatever happened: the main thread waits for this
-                self.queue.put(("proved", (entries, [name for name in names if name not in entries])))
+                self.queue.put(("proved", (entries, [key for key in keys if key not in entries])))
 
         threading.Thread(target=work, daemon=True, name="prover").start()
 
@@ -687,11 +717,14 @@ class Agent:
         here = {keys[key]: key for key in state["peers"] if keys.get(key)}
         self.unproven = set(here) - proven - {self.config["node"]}
         now = self.clock()
-        for name in list(self.asked):
-            if name not in self.unproven or self.asked[name][0] != here[name]:
-                self.before.pop(self.asked.pop(name)[0], None)
-        for name in self.unproven:
-            self.asked.setdefault(name, (here[name], 0, now))
+        wanted = {here[name]: name for name in self.unproven}
+        wanted.update((key, name) for name, key in (self.trial or (None, {}))[1].items()
+                      if key in state["peers"] and key not in self.proven_keys)
+        for key in set(self.asked) - set(wanted):
+            del self.asked[key]
+            self.before.pop(key, None)
+        for key, name in wanted.items():
+            self.asked.setdefault(key, (name, 0, now))
 
     # --- the kernel
 
@@ -762,8 +795,10 @@ class Agent:
             return
         self.distrust_fresh(state)
         proven = self.proven()
-        steps, state = self.kernel.converge(document, self.applied, proven, self.sends_from(document, routed["rules"]))
-        self.applied = document
+        trial = decide.trial_peers(self.trial[0], self.config["node"], self.trial[1]) if self.trial is not None else {}
+        self.tried |= set(trial)
+        steps, state = self.kernel.converge(document, self.applied, proven, self.sends_from(document, routed["rules"]), trial, self.tried)
+        self.applied, self.tried = document, set(trial)
         opened = self.guard.open()
         if opened:
             log("the guard: %s" % decide.guard_words(opened))

@@ -16,9 +16,9 @@ is known of the API::
     {"members": {name: candidate of `_membership`}, "problems": {name: [text]}, "complete": bool, "missing": {name: since},
      "sure": {names}, "asked": {names}, "own_gone": since or None}
 
-``complete``: a whole list was read, events followed it without a gap, and nothing speaks against it. ``sure``: nodes that the API said to be
-deleted, or that a second list lacked as well; ``asked``: those that the next list decides about; ``own_gone``: since when this node's own
-Node has been deleted, as the API said in so many words: a list without it is not believed.
+``complete``: a whole list was read, events followed it without a gap, and nothing speaks against it. ``sure``: nodes that the API said to
+be deleted, or that a second list lacked as well; ``asked``: those that the next list decides about; ``own_gone``: since when this node's
+own Node has been deleted, as the API said in so many words: a list without it is not believed.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def gone(roster, grace, now):
 
 
 def doubtful(roster, grace, now):
-    """Names that have been missing for the whole grace, and of which one list alone says so: the list is to be read again before they go."""
+    """Names that have been missing for the whole grace, of which one list alone says so: it is to be read again before they go."""
     return {name for name, since in roster["missing"].items()
             if now - since >= grace and name not in roster["sure"] and name not in roster["asked"]}
 
@@ -240,17 +240,85 @@ def _settings(name, remembered):
             "mtu": None, "pod_cidrs": None, "node_addresses": None, "document": None, "generations": None, "live_keys": frozenset()}
 
 
-def _with_news(candidate, entry, own, remembered, generation):
+def _new_key(candidate, entry, own, remembered, generation):
+    """The public key that the annotation of a member holds instead of the one in use; None where there is no such news.
+
+    Another Node object of the same name is another machine, whose old key nobody has: that one's key counts as it is.
+    """
+    number = str(generation)
+    text = candidate["annotation_keys"].get(number)
+    if candidate["name"] == own or entry is None or number not in entry["public_keys"] or not _is_same(candidate, entry):
+        return None
+    if text == entry["public_keys"][number] or remembered["annotations"].get(candidate["name"], {}).get(number) == text:
+        return None
+    try:
+        return _mesh.canonical_public_key(text)
+    except MeshError:
+        return None
+
+
+def new_keys(document, roster, remembered, own):
+    """``{name: public key}`` that annotations hold instead of the keys in use. They are to be proven before they count."""
+    found = {}
+    for name, candidate in sorted(roster["members"].items()):
+        key = _new_key(candidate, document["nodes"].get(name), own, remembered, document["generation"])
+        if key is not None and name not in roster["problems"] and not candidate["excluded"]:
+            found[name] = key
+    return found
+
+
+def with_keys(document, keys):
+    """``(document, {name: public key})``: a document of members with other keys, and those that can be tried: nobody has them yet."""
+    if not keys:
+        return document, {}
+    generation, nodes, tried = str(document["generation"]), dict(document["nodes"]), {}
+    used = {value for entry in nodes.values() for field in ("public_keys", "probe_addresses") for value in entry[field].values()}
+    for name, key in sorted(keys.items()):
+        address = _mesh.probe_address(key)
+        if _mesh.is_peer(nodes[name], generation) and not used & {key, address}:
+            used |= {key, address}
+            nodes[name] = dict(nodes[name], public_keys=dict(nodes[name]["public_keys"], **{generation: key}),
+                               probe_addresses=dict(nodes[name]["probe_addresses"], **{generation: address}))
+            tried[name] = key
+    return dict(document, nodes=nodes), tried
+
+
+def trial_peers(document, node, tried):
+    """The peers of `with_keys` as a device has them while they are tried: with nothing but what a probe needs."""
+    if not tried:
+        return {}
+    generation, keys = str(document["generation"]), set(tried.values())
+    return {key: dict(peer, allowed_ips=[_mesh.host_cidr(document["nodes"][peer["name"]]["probe_addresses"][generation])])
+            for key, peer in _mesh.peers_of(document, node, generation).items() if key in keys}
+
+
+def key_texts(document, roster, waiting, own):
+    """What people must know of keys that annotations hold and that are not those in use. ``waiting``: `new_keys` that are not proven."""
+    texts = ["node %s: its annotation %s holds another key than the one in use, which stays until the node was reached with the new one; if"
+             " nobody made a new key, find out who changed the annotation; if the node has it, and with preshared keys, run the playbook"
+             " reconcile" % (name, _membership.ANNOTATIONS[str(document["generation"])]) for name in sorted(waiting)]
+    generation = str(document["generation"])
+    has = document["nodes"].get(own, {"public_keys": {}})["public_keys"].get(generation)
+    said = roster["members"].get(own, {"annotation_keys": {}})["annotation_keys"].get(generation, has)
+    if has is not None and said != has:
+        texts.append("node %s, which is this one: its annotation %s holds another key than the node has; find out who changed it, and run"
+                     " the playbook reconcile" % (own, _membership.ANNOTATIONS[generation]))
+    return texts
+
+
+def _with_news(candidate, entry, own, remembered, generation, proven_keys):
     """A candidate whose annotations count only where they are news: a run that ended later than an annotation was written knew better.
 
-    Nobody else says what this node's own key is: it is in the device, and its annotation can but agree. Keys of another ``generation`` than the one in use are the business
-    of rotations; after one, the annotation of the old key may be left.
+    Nobody else says what this node's own key is: it is in the device, and its annotation can but agree. Keys of another ``generation`` than
+    the one in use are the business of rotations; after one, the annotation of the old key may be left.
     """
     keys = {number: text for number, text in candidate["annotation_keys"].items() if number == str(generation)
             and (candidate["name"] != own or (entry is not None and entry["public_keys"].get(number) == text))}
     if entry is not None and entry["uid"] == candidate["uid"]:
         known = remembered["annotations"].get(candidate["name"], {})
         keys = {number: text for number, text in keys.items() if number not in entry["public_keys"] or known.get(number) != text}
+    if _new_key(candidate, entry, own, remembered, generation) not in proven_keys | {None}:
+        keys = {}
     return dict(candidate, annotation_keys=keys)
 
 
@@ -349,11 +417,12 @@ def _in_the_way(entries, candidates, pod_source):
     return found
 
 
-def next_document(previous, roster, remembered, config, now):
+def next_document(previous, roster, remembered, config, now, proven_keys=frozenset()):
     """``(document, [texts for people])`` that follows a document and the roster.
 
     Nodes that are missing stay until their grace is over, or until the API gives what they have to another. A Node that cannot be used
-    (its CIDR overlaps another's, its key is that of two) leaves what was there as it was, and does not stop the others.
+    (its CIDR overlaps another's, its key is that of two) leaves what was there as it was, and does not stop the others. A key takes the
+    place of one in use only if it is one of ``proven_keys``: those of `new_keys` with which their nodes were reached.
     """
     own = config["node"]
     over = gone(roster, config["grace"], now)
@@ -361,7 +430,7 @@ def next_document(previous, roster, remembered, config, now):
     texts = [text for name in sorted(roster["problems"]) for text in roster["problems"][name]]
     untouched, more = _as_they_are(before, roster, config["exclude_nodes"])
     texts += more
-    news = [_with_news(candidate, before.get(name), own, remembered, previous["generation"])
+    news = [_with_news(candidate, before.get(name), own, remembered, previous["generation"], proven_keys)
             for name, candidate in sorted(roster["members"].items()) if name not in roster["problems"] and name not in untouched]
     news, more = _with_lost(news, before, remembered, config["pod_source"])
     texts += more
@@ -457,14 +526,15 @@ def hindrance(document, node, has_key):
     return ""
 
 
-def plan_device(state, link, document, applied, config, ipv6):
+def plan_device(state, link, document, applied, config, ipv6, trial=None, tried=frozenset()):
     """``(link steps, device steps before the routes, device steps after them)``, as `_link_plan` and `_wg_plan` make them.
 
     ``applied``: the document that the kernel was last brought to, or None. A peer that the document of then had and this one has not is
-    removed by its key; others that are not wanted are removed only where every member's key is known (invariant I4).
+    removed by its key; others that are not wanted are removed only where every member's key is known (invariant I4). ``trial``:
+    `trial_peers`, beside those of the document; ``tried``: keys that were among them before.
     """
     node, generation = config["node"], str(document["generation"])
-    peers = _mesh.peers_of(document, node, generation)
+    peers = dict(_mesh.peers_of(document, node, generation), **(trial or {}))
     secret = any(peer["has_preshared_key"] for peer in state["peers"].values())
     if secret:
         # Only the controller can derive a preshared key: without one a new peer would be one that cannot be reached.
@@ -478,7 +548,7 @@ def plan_device(state, link, document, applied, config, ipv6):
     if secret:
         steps = _without_preshared(steps)
     planned = {step["public_key"] for step in steps if step["op"] == "remove_peer"}
-    leavers = keys_of(applied, node, generation) - set(keys_of(document, node, generation)) - planned
+    leavers = (keys_of(applied, node, generation) | tried) - keys_of(document, node, generation) - set(trial or ()) - planned
     steps += [{"op": "remove_peer", "public_key": key} for key in sorted(leavers) if key in state["peers"]]
     removals = ("remove_peer", "remove_allowed_ips")
     before, after = _link_plan.plan_link(link, {

@@ -47,9 +47,10 @@ class Kernel:
     def withdraw(self):
         self.withdrawn += 1
 
-    def converge(self, document, applied, proven, own_cidrs=None):
+    def converge(self, document, applied, proven, own_cidrs=None, trial=None, tried=frozenset()):
         for error in self.errors:
             raise error
+        self.trial = (sorted(trial), sorted(tried))
         self.converged.append(sorted(document["nodes"]))
         return [], self.state
 
@@ -221,7 +222,7 @@ def test_what_was_known_of_peers_that_left_unproven_is_forgotten(agent):
     agent.kernel.state["peers"] = peers(agent.document)
     agent.tick()
     agent.before[documents.key(2)] = {}
-    assert set(agent.asked) == {"w2"}
+    assert set(agent.asked) == {documents.key(2)}
     agent.on_listed(listing(1, 2))
     agent.on_event(("w2", None))
     agent.now += 61
@@ -229,6 +230,56 @@ def test_what_was_known_of_peers_that_left_unproven_is_forgotten(agent):
     agent.now += 10
     agent.tick()
     assert agent.asked == {} and agent.before == {}
+
+
+def other_key(number, key):
+    item = node(number)
+    item["metadata"]["annotations"]["kubemesh.wireguard/public-key-0"] = key
+    return _agent_plan.reduced(item)
+
+
+def test_a_new_key_counts_when_the_node_was_reached_with_it(agent):
+    old, new = documents.key(2), documents.key(8)
+    agent.on_listed(listing(1, 2))
+    agent.proved = {"w2": old}
+    agent.kernel.state["peers"] = peers(agent.document)
+    agent.now += 1
+    agent.tick()
+    agent.on_event(("w2", other_key(2, new)))
+    agent.now += 1
+    agent.tick()
+    assert agent.document["nodes"]["w2"]["public_keys"] == {"0": old} and agent.proven() == {"w2"}
+    assert agent.kernel.trial == ([new], [new]) and "another key than the one in use" in agent.texts[0] and agent.pause() > 0
+    # the device has it now
+    agent.kernel.state["peers"].update(peers(documents.document({
+        "w1": documents.entry(1), "w2": documents.entry(2, public_keys={"0": new}, probe_addresses={"0": _mesh.probe_address(new)})})))
+    agent.now = agent.due["compare"]
+    agent.tick()
+    assert set(agent.asked) == {new} and agent.pause() == 0
+    # nobody answers: all stays
+    agent.on_proved(({}, [new]))
+    agent.now += 1
+    agent.tick()
+    assert agent.document["nodes"]["w2"]["public_keys"] == {"0": old} and agent.pause() >= 0
+    agent.on_proved(({new: {"public_key": new, "proven": True}}, []))
+    agent.now += 1
+    agent.tick()
+    assert agent.document["nodes"]["w2"]["public_keys"] == {"0": new} and agent.proven() == {"w2"}
+    assert agent.kernel.trial == ([], [new]) and agent.asked == {} and agent.trial is None
+
+
+def test_a_key_that_is_taken_back_is_tried_no_more(agent):
+    agent.on_listed(dict(listing(1, 2)))
+    agent.now += 1
+    agent.tick()
+    agent.on_event(("w2", other_key(2, documents.key(8))))
+    agent.now += 1
+    agent.tick()
+    assert agent.kernel.trial[0] == [documents.key(8)]
+    agent.on_event(("w2", _agent_plan.reduced(node(2))))
+    agent.now += 1
+    agent.tick()
+    assert agent.kernel.trial == ([], [documents.key(8)]) and agent.texts == []
 
 
 def test_the_time_of_day_decides_nothing(agent, monkeypatch, tmp_path):

@@ -338,7 +338,10 @@ def test_annotations_count_where_they_are_news():
     # it was there beside the document of the run, which knew better
     assert plan.next_document(previous, old, remembered, CONFIG, 0.0)[0]["nodes"]["w2"]["public_keys"] == {"0": documents.key(2)}
     new = roster(node(1), node(2, annotations={KEY0: documents.key(8)}))
-    after, texts = plan.next_document(previous, new, remembered, CONFIG, 0.0)
+    assert plan.next_document(previous, new, remembered, CONFIG, 0.0)[0] == previous
+    assert plan.new_keys(previous, new, remembered, "w1") == {"w2": documents.key(8)}
+    assert plan.new_keys(previous, old, remembered, "w1") == {}
+    after, texts = plan.next_document(previous, new, remembered, CONFIG, 0.0, {documents.key(8)})
     assert after["nodes"]["w2"]["public_keys"] == {"0": documents.key(8)} and "is now" in texts[0]
 
 
@@ -424,6 +427,46 @@ def test_device_reaches_the_document(before, after):
     reached = _wg_plan.apply_steps(state, first + last)
     assert reached["peers"].keys() == {documents.key(number) for number in after}
     assert plan.plan_device(reached, link_of(new), new, new, CONFIG, True) == ([], [], [])
+
+
+def test_a_new_key_is_tried_beside_the_one_in_use_and_takes_over_without_a_gap():
+    old, key = document(1, 2, 3), documents.key(8)
+    trial, tried = plan.with_keys(old, {"w2": key, "w3": documents.key(2)})
+    assert tried == {"w2": key}  # the other one belongs to somebody
+    peers = plan.trial_peers(trial, "w1", tried)
+    assert peers[key]["allowed_ips"] == [_mesh.probe_address(key) + "/128"] and peers[key]["endpoint"] == "198.18.0.12:51840"
+    state = device(old)
+    links, first, last = plan.plan_device(state, link_of(old), old, old, CONFIG, True, peers, frozenset(peers))
+    assert (links, [step["op"] for step in first], last) == ([], ["add_peer"], [])
+    state = _wg_plan.apply_steps(state, first)
+    assert {name: peer for name, peer in state["peers"].items() if name != key} == device(old)["peers"]
+    # again: nothing to do; taken back: only that one goes, also while a member's key is unknown
+    assert plan.plan_device(state, link_of(old), old, old, CONFIG, True, peers, frozenset(peers)) == ([], [], [])
+    unknown = document(1, 2, 3, 4, w4={"state": "pending", "reason": "r", "public_keys": {}, "probe_addresses": {}})
+    assert plan.plan_device(state, link_of(old), unknown, old, CONFIG, True, {}, frozenset(peers))[2] == [
+        {"op": "remove_peer", "public_key": key}]
+    # proven: its addresses move in one step, the old key goes last, routes stay
+    links, first, last = plan.plan_device(state, link_of(old), trial, old, CONFIG, True, {}, frozenset(peers))
+    assert [(step["op"], step["public_key"]) for step in first] == [("add_allowed_ips", key)]
+    assert last == [{"op": "remove_peer", "public_key": documents.key(2)}]
+    current, wanted = routes_of(old, None), routes_of(trial, {"w2", "w3"})
+    assert _routes_plan.plan_routes(current, wanted) == [] and plan.early_removals(current, wanted, plan.moved_prefixes(state, first)) == []
+
+
+def test_with_preshared_keys_a_new_key_takes_nothing_away():
+    old = document(1, 2)
+    state = device(old)
+    state["peers"][documents.key(2)]["has_preshared_key"] = True
+    trial, tried = plan.with_keys(old, {"w2": documents.key(8)})
+    assert plan.plan_device(state, link_of(old), old, old, CONFIG, True, plan.trial_peers(trial, "w1", tried), {documents.key(8)}) == (
+        [], [], [])
+
+
+def test_a_key_of_this_node_that_is_not_its_own_is_told():
+    found = roster(node(1, annotations={KEY0: documents.key(8)}), node(2))
+    assert "which is this one" in plan.key_texts(document(1, 2), found, {}, "w1")[0]
+    assert plan.key_texts(document(1, 2), roster(node(1), node(2)), {}, "w1") == []
+    assert plan.key_texts(document(1, 2), roster(node(1, annotations={}), node(2)), {}, "w1") == []
 
 
 def test_peers_of_unknown_owner_stay_while_a_key_is_unknown():
