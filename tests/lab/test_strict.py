@@ -43,6 +43,16 @@ def test_it_is_switched_on_without_loss(lab):
     assert set(run.changed().values()) == {0}
 
 
+def test_a_check_run_changes_nothing_and_raises_no_counter(lab):
+    """Whoever watches the counters must not be alarmed by a look."""
+    def counters():
+        return [info["guard"]["counters"] for info in infos(lab).values()]
+
+    before = counters()
+    run = playbook(lab, "enable", *STRICT, "--check", source=None)
+    assert set(run.changed().values()) == {0} and counters() == before
+
+
 EXEMPT_CIDRS = ["-e", '{"mesh_exempt_cidrs": ["198.18.0.13/32", "fd00:18::d/128"]}']
 
 
@@ -55,6 +65,8 @@ def test_prefixes_are_exempted_and_brought_back_without_loss(lab):
     assert set(map(bool, run.changed().values())) == {True}
     spared = text_of(lab, "node-1", "nft list set inet kubemesh_guard exempt4; nft list set inet kubemesh_guard exempt6")
     assert "198.18.0.13" in spared and "fd00:18::d" in spared
+    run = playbook(lab, "status", *EXEMPT_CIDRS, "-e", "mesh_require_encrypted=true")
+    assert "in clear, as mesh_exempt_cidrs asks: 198.18.0.13/32" in run.text and "partial" not in run.text
     with Watched(lab):
         playbook(lab, "enable", *STRICT, source=None, preflight=False)
     assert "elements" not in text_of(lab, "node-1", "nft list set inet kubemesh_guard exempt4")
