@@ -90,7 +90,11 @@ def test_a_node_leaves_and_comes_back_without_loss(lab):
     with sniffed(lab, traffic.KINDS) as found, Watched(lab, streams=False):
         playbook(lab, "reconcile", *OUT, *EXEMPT_NODE)
         after = infos(lab)
+        # as the guide on nodes says; it comes back as one that was never here
+        playbook(lab, "disable", "--limit", "node-3", "-e", "mesh_publish_keys=false", "-e", '{"mesh_forget_nodes": ["node-1", "node-2"]}')
+        left = text_of(lab, "node-3", "find /etc/wireguard /etc/kubemesh /run/kubemesh -type f 2>/dev/null; ip -br link | grep wgmesh || true")
         playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
+    assert left.strip() == "", left
     assert [after[node]["guard"]["in_force"] for node in lab.nodes] == [True, True, False]
     assert not after["node-3"]["sending"] and all(after[node]["encrypts"] == "nodes" for node in ("node-1", "node-2"))
     clear = [text for text in map(str, found["seen"]["clear"]) if "node-3" not in text]
