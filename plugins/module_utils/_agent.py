@@ -174,7 +174,7 @@ class Kernel:
         if any(step["op"] == "create_link" for step in link_steps):
             raise MeshError("device %s is missing: run the playbook enable on this node" % name)
         settings = dict(decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"])), own_cidrs=own_cidrs)
-        present = decide.routed_now(current["routes"], applied, document, node, config["table"])
+        present = decide.routed_now(current["routes"], applied, document, node, config["table"], state)
         wanted = _routes_plan.wanted_state(document, node, settings, proven, present)
         early = decide.early_removals(current, wanted, decide.moved_prefixes(state, first))
         between = current
@@ -254,6 +254,7 @@ class Agent:
 
     def __init__(self, config, kernel=None, client=None, clock=time.monotonic, environ=None):
         self.config, self.clock = config, clock
+        self.boot_id = _lock.node_clock()["boot_id"]
         self.kernel = kernel or Kernel(config)
         self.client = client or KubeClient(config["server"], config["ca_file"], config["token_file"])
         self.notifier = Notifier(os.environ if environ is None else environ)
@@ -519,11 +520,12 @@ class Agent:
             # the run that wrote it had a reason to change the guard as well
             self.guard.forget()
         self.base, self.base_sha256 = base, sha256
-        kept, remembered = decide.parse_memory(read_text(self.memory_file()) or "", self.base_sha256)
+        memory = read_text(self.memory_file()) or ""
+        kept, remembered = decide.parse_memory(memory, self.base_sha256)
         self.document, self.remembered = (kept, remembered) if kept is not None else (base, None)
         if self.applied is None:
-            # At a start the kernel is as this agent left it, or as a run or the boot made it.
-            self.applied = self.document
+            # At a start the kernel is as this agent left it, or as a run or the boot made it. What it remembers may be ahead of that.
+            self.applied = decide.parse_applied(memory, self.boot_id) or base
             self.expected = True
         self.whole, self.sending = True, None
         self.load_proofs()
@@ -571,7 +573,7 @@ class Agent:
 
     def save_memory(self):
         self.unsaved = False
-        self.write(self.memory_file(), decide.memory_text(self.base_sha256, self.document, self.remembered))
+        self.write(self.memory_file(), decide.memory_text(self.base_sha256, self.document, self.remembered, self.applied, self.boot_id))
 
     def write(self, path, text):
         """A file of the agent's own. What cannot be written (a disk that is full) must not stop it."""
@@ -714,6 +716,8 @@ class Agent:
         self.distrust_fresh(state)
         proven = self.proven()
         steps, state = self.kernel.converge(document, self.applied, proven, self.sends_from(document, routed["rules"]))
+        # also remembered: who starts again must know what the kernel holds
+        self.unsaved = self.unsaved or self.applied != document
         self.applied = document
         opened = self.guard.open()
         if opened:

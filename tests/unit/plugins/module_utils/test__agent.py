@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ class Kernel:
     """Where every change works, and is counted, and reading costs."""
 
     def __init__(self):
-        self.reads, self.converged, self.errors = 0, [], []
+        self.reads, self.converged, self.errors, self.applied = 0, [], [], []
         self.state = {"name": "wgmesh0", "public_key": documents.key(1), "peers": {}}
 
     def name(self, generation):
@@ -47,6 +48,7 @@ class Kernel:
         for error in self.errors:
             raise error
         self.converged.append(sorted(document["nodes"]))
+        self.applied.append(applied)
         return [], self.state
 
 
@@ -68,11 +70,59 @@ def agent(tmp_path):
               "pod_source": "node_cidrs",
               "document_file": str(tmp_path / "mesh.json"), "boot_folder": str(tmp_path), "lock_file": str(tmp_path / "no" / "lock.json"),
               "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
+    return started(config)
+
+
+def started(config):
+    """An agent that starts, with a kernel that counts from here on."""
     it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})
     it.now = 1000.0
     it.load_base()
     it.due["converge"] = it.now
     return it
+
+
+def hold_lock(config):
+    """A run holds the lock of the node, for as long as this is open."""
+    folder = os.path.dirname(config["lock_file"])
+    os.makedirs(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def test_an_agent_that_was_killed_while_a_run_held_the_lock_knows_what_the_kernel_holds(agent):
+    agent.tick()
+    handle = hold_lock(agent.config)
+    try:
+        agent.on_listed(listing(1, 2, 3))
+        agent.now += 1
+        agent.tick()
+        assert agent.waits and set(agent.document["nodes"]) == {"w1", "w2", "w3"} and len(agent.kernel.converged) == 1
+    finally:
+        os.close(handle)
+    again = started(agent.config)
+    again.tick()
+    assert again.kernel.converged == [["w1", "w2", "w3"]] and set(again.kernel.applied[0]["nodes"]) == {"w1", "w2"}
+    # and one that was killed afterwards knows that it is done
+    last = started(agent.config)
+    last.tick()
+    assert set(last.kernel.applied[0]["nodes"]) == {"w1", "w2", "w3"}
+
+
+def test_after_a_reboot_the_kernel_holds_what_the_last_run_left(agent, monkeypatch):
+    """The pod CIDR of w2 is w3's now: a route to it is one to w2 as long as the kernel was not brought further."""
+    nodes = [node(1), node(2), node(3)]
+    nodes[1]["spec"]["podCIDRs"], nodes[2]["spec"]["podCIDRs"] = ["10.244.9.0/24"], ["10.244.2.0/24"]
+    agent.on_listed({"w%d" % number: _agent_plan.reduced(obj) for number, obj in enumerate(nodes, 1)})
+    agent.now += 1
+    agent.tick()
+    assert agent.applied["nodes"]["w3"]["pod_cidrs"] == ["10.244.2.0/24"]
+    monkeypatch.setattr(_agent._lock, "BOOT_ID", os.devnull)  # not the one of before
+    booted = started(agent.config)
+    booted.tick()
+    assert booted.document == agent.document
+    assert booted.kernel.applied[0] == booted.base and booted.base["nodes"]["w2"]["pod_cidrs"][0] == "10.244.2.0/24"
 
 
 def node(number):
