@@ -36,7 +36,8 @@ class Systemd:
 def node(monkeypatch, tmp_path):
     systemd = Systemd()
     monkeypatch.setattr(agent, "System", lambda module: _system.System(systemd))
-    for name in ("UNIT_FILE", "USERS_FILE", "FOLDERS_FILE", "CONFIG_FILE", "TOKEN_FILE", "LIBRARY", "LINK", "RUNTIME", "STATE"):
+    for name in ("UNIT_FILE", "USERS_FILE", "FOLDERS_FILE", "CONFIG_FILE", "TOKEN_FILE", "LIBRARY", "LINK", "UNFINISHED", "RUNTIME",
+                 "STATE"):
         monkeypatch.setattr(_agent_install, name, str(tmp_path / name))
     monkeypatch.setattr(_agent_install, "identity", lambda: None)
     return systemd
