@@ -61,6 +61,9 @@ REPORT_REST_LONGEST = 60.0
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)
 # Seconds that new peers have to answer. A silent one must not keep those waiting that came after it.
 PROVE_SECONDS = 3.0
+# Seconds after the start for which peers without a proof are waited for before pods are started: after a reboot those are the ones that
+# joined since the last run. One that is down must not keep the node from its work.
+READY_SECONDS = 5.0
 # Rounds without an answer after which a fresh handshake and received bytes are enough: a firewall of the peer may drop what knocks. By then
 # an idle peer has sent a keepalive (10 s, KEEPALIVE_TIMEOUT, whitepaper, section 6.5).
 ROUNDS_OF_KNOCKING = 4
@@ -309,13 +312,14 @@ class Agent:
         self.due["converge"] = self.clock()
         for follower in self.followers:
             follower.start()
-        ready = False
+        latest = self.clock() + READY_SECONDS  # None: systemd knows
         while not self.stopping:
             self.tick()
-            if not ready:
+            if latest is not None and (not self.unproven or self.clock() >= latest):
                 self.notifier.tell("READY=1")
-                ready = True
-            self.receive(self.pause())
+                latest = None
+            pause = self.pause()
+            self.receive(pause if latest is None else min(pause, max(0.0, latest - self.clock())))
             if not all(follower.is_alive() for follower in self.followers):
                 log("the thread that follows the API has ended: ending as well, to be started again")
                 return 1

@@ -26,6 +26,7 @@ import shutil
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_FILE, MODE_GUARD
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_UNIT as RUN_GUARD_UNIT
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import POD_STARTERS
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
     apply_file_step,
     plan_files,
@@ -118,12 +119,16 @@ def unit_text(python, as_root, devices):
     """The service. ``devices``: units that make the device at boot.
 
     ``as_root``: the device is a userspace implementation's, whose control socket belongs to root; the one capability is the same then.
+
+    Pods are started after it: until then, who joined since the last run has neither peer nor route. It is ready without the API, which may
+    be a pod of this node. It wants nothing that comes after those that start pods, so that no circle arises.
     """
     return HEADER + f"""\
 [Unit]
 Description=Keeps the WireGuard mesh of this node up to the cluster's list of nodes
 Documentation=https://galaxy.ansible.com/ui/repo/published/kubemesh/wireguard/
 After=network.target kubemesh-routes.service {" ".join(devices)}
+Before={POD_STARTERS}
 ConditionPathExists={CONFIG_FILE}
 
 [Service]
@@ -135,7 +140,8 @@ ExecStart={python} -I -S {LINK}/start.py {CONFIG_FILE}
 RestartSec=5
 # Another agent is at work: this one must not take turns with it.
 RestartPreventExitStatus=3
-TimeoutStartSec=90
+# It is ready within seconds. Whatever happens to it, pods are not kept waiting longer.
+TimeoutStartSec=60
 WatchdogSec=120
 # What it did stays: the mesh outlives its manager.
 KillMode=mixed

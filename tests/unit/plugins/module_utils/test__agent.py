@@ -231,6 +231,34 @@ def test_a_thread_that_ended_ends_the_agent(agent, capsys):
     assert "to be started again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_pods_may_start_when_who_joined_was_proven_or_time_is_up(agent, answers, monkeypatch):
+    """READY=1 is what systemd waits for with kubelet; the API is not needed for it."""
+    told, waits = [], []
+    agent.kernel.state["peers"] = {documents.key(2): {
+        "endpoint": None, "allowed_ips": [], "last_handshake": 0, "rx_bytes": 0, "tx_bytes": 0}}
+    agent.kernel.prove = lambda document, names, before: {
+        name: {"public_key": documents.key(2), "proven": answers, "reason": "no_echo"} for name in names}
+    monkeypatch.setattr(agent.notifier, "tell", told.append)
+    receive = agent.receive
+
+    def wait(seconds):
+        assert seconds <= _agent.READY_SECONDS
+        waits.append("READY=1" in told)
+        if agent.proving:
+            receive(60)
+        elif waits[-1]:
+            agent.stop()
+        else:
+            agent.now += seconds
+
+    agent.receive = wait
+    begun = agent.now
+    assert agent.run() == 0
+    assert waits[0] is False and told.count("READY=1") == 1
+    assert agent.now - begun == (0 if answers else _agent.READY_SECONDS) and bool(agent.unproven) is not answers
+
+
 def test_never_busy(agent):
     """Whatever is due, doing it leaves nothing that is due at once."""
     agent.on_listed(listing(1))

@@ -131,6 +131,11 @@ def test_unit():
     assert "User=kubemesh-agent\n" in own and "AmbientCapabilities=CAP_NET_ADMIN\n" in own and "User=" not in root
     for text in (own, root):
         assert "CapabilityBoundingSet=CAP_NET_ADMIN\n" in text and "NoNewPrivileges=yes\n" in text and "ProtectSystem=strict\n" in text
+        # at boot: after the routes of the last run, before pods, and waiting for nothing that may wait for pods
+        lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        assert {"kubelet.service", "k3s.service", "rke2-agent.service"} <= set(lines["Before"].split())
+        assert lines["After"].split() == ["network.target", "kubemesh-routes.service", "wg-quick@wgmesh0.service"]
+        assert not {"Wants", "Requires", "BindsTo"} & set(lines) and int(lines["TimeoutStartSec"]) <= 60
         assert "Type=notify\n" in text and "WatchdogSec=" in text and "MemoryMax=" in text
 
 
