@@ -290,6 +290,7 @@ class Agent:
         self.counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
         self.unproven = set()
         self.unsaved = False
+        self.file_errors = set()  # paths of files that cannot be read or written, which was told
         self.guard = GuardKeeper(System(Host()), config)
         self.watcher = None       # of the guard's table, where there is a guard
         self.guard_whole = False  # whether the next comparison reads the guard first
@@ -378,9 +379,9 @@ class Agent:
             end = self.clock()
             self.due["rest"] = end + REST * (end - now)
         self.prove(self.clock())
-        if self.unsaved and now >= self.due["save"]:
-            self.due["save"] = now + (0.0 if self.pods is None else BASE_INTERVAL)
+        if self.unsaved and self.document is not None and now >= self.due["save"]:
             self.save_memory()
+            self.due["save"] = now + (BASE_INTERVAL if self.unsaved or self.pods is not None else 0.0)
         if now >= self.due["report"]:
             used = processor_seconds()
             self.report()
@@ -576,17 +577,22 @@ class Agent:
         return os.path.join(self.config["state"], MEMORY)
 
     def save_memory(self):
-        self.unsaved = False
-        self.write(self.memory_file(), decide.memory_text(self.base_sha256, self.document, self.remembered, self.applied, self.boot_id))
+        """Where it cannot be written it is tried again: at the next boot the guard goes by it before anything else is known."""
+        text = decide.memory_text(self.base_sha256, self.document, self.remembered, self.applied, self.boot_id)
+        self.unsaved = not self.write(self.memory_file(), text)
 
     def write(self, path, text):
-        """A file of the agent's own. What cannot be written (a disk that is full) must not stop it."""
-        if read_text(path) == text:
-            return
+        """A file of the agent's own; -> whether it is as it shall be. What cannot be written (a disk that is full) must not stop it."""
         try:
-            write_text(path, text, STATE_MODE)
+            if read_text(path) != text:
+                write_text(path, text, STATE_MODE)
         except MeshError as exc:
-            log(str(exc))
+            if path not in self.file_errors:
+                log(str(exc))
+            self.file_errors.add(path)
+            return False
+        self.file_errors.discard(path)
+        return True
 
     # --- proofs
 

@@ -207,6 +207,16 @@ def test_a_disk_that_is_full_stops_nothing(agent, monkeypatch, capsys):
     agent.now += 1
     agent.tick()
     assert agent.kernel.converged[-1] == ["w1", "w2", "w3"] and "no space" in capsys.readouterr().err
+    for dummy in range(3):
+        agent.now += _agent.BASE_INTERVAL
+        agent.tick()
+    assert agent.unsaved and "memory.json" not in capsys.readouterr().err  # told once
+    # there is room again, and no news
+    monkeypatch.undo()
+    agent.now += _agent.BASE_INTERVAL
+    agent.tick()
+    assert not agent.unsaved
+    assert set(_agent_plan.parse_memory(_agent.read_text(agent.memory_file()), agent.base_sha256)[0]["nodes"]) == {"w1", "w2", "w3"}
 
 
 def test_a_document_that_vanishes_stops_the_work_and_one_that_comes_back_begins_it(agent, tmp_path):
