@@ -508,8 +508,16 @@ class Agent:
             stat = None
         if stat == self.base_stat:
             return
+        try:
+            text = read_text(path) if stat else None
+        except MeshError as exc:
+            # What was read before still holds, and this is tried again.
+            self.tell_once(path, exc)
+            if self.document is None:
+                self.trouble = str(exc)
+            return
+        self.file_errors.discard(path)
         self.base_stat = stat
-        text = read_text(path) if stat else None
         try:
             base = _mesh.load_document(text) if text is not None else None
         except MeshError as exc:
@@ -525,7 +533,7 @@ class Agent:
             # the run that wrote it had a reason to change the guard as well
             self.guard.forget()
         self.base, self.base_sha256 = base, sha256
-        memory = read_text(self.memory_file()) or ""
+        memory = self.read(self.memory_file())
         kept, remembered = decide.parse_memory(memory, self.base_sha256)
         self.document, self.remembered = (kept, remembered) if kept is not None else (base, None)
         if self.applied is None:
@@ -581,15 +589,27 @@ class Agent:
         text = decide.memory_text(self.base_sha256, self.document, self.remembered, self.applied, self.boot_id)
         self.unsaved = not self.write(self.memory_file(), text)
 
+    def tell_once(self, path, exc):
+        """That a file cannot be read or written, until it can be again."""
+        if path not in self.file_errors:
+            log(str(exc))
+        self.file_errors.add(path)
+
+    def read(self, path):
+        """Text of a file of the agent's own; empty where there is none, or a disk that fails gives none."""
+        try:
+            return read_text(path) or ""
+        except MeshError as exc:
+            self.tell_once(path, exc)
+            return ""
+
     def write(self, path, text):
         """A file of the agent's own; -> whether it is as it shall be. What cannot be written (a disk that is full) must not stop it."""
         try:
-            if read_text(path) != text:
+            if self.read(path) != text:
                 write_text(path, text, STATE_MODE)
         except MeshError as exc:
-            if path not in self.file_errors:
-                log(str(exc))
-            self.file_errors.add(path)
+            self.tell_once(path, exc)
             return False
         self.file_errors.discard(path)
         return True
@@ -602,7 +622,7 @@ class Agent:
     def load_proofs(self):
         """What was proven before this program was started again; a reboot forgets it."""
         try:
-            found = json.loads(read_text(self.proof_file()) or "{}")
+            found = json.loads(self.read(self.proof_file()) or "{}")
             self.proved = {str(name): str(key) for name, key in found.items()}
         except (ValueError, AttributeError):
             self.proved = {}

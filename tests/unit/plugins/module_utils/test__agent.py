@@ -219,6 +219,34 @@ def test_a_disk_that_is_full_stops_nothing(agent, monkeypatch, capsys):
     assert set(_agent_plan.parse_memory(_agent.read_text(agent.memory_file()), agent.base_sha256)[0]["nodes"]) == {"w1", "w2", "w3"}
 
 
+def test_files_that_cannot_be_read_stop_nothing(agent, monkeypatch, capsys):
+    """A disk that fails, or somebody who changed what the agent's user may read."""
+    def broken(path, *dummy):
+        raise MeshError("%s cannot be read: Input/output error" % path)
+
+    agent.tick()
+    monkeypatch.setattr(_agent, "read_text", broken)
+    monkeypatch.setattr(_agent, "write_text", broken)
+    os.utime(agent.config["document_file"])
+    agent.on_listed(listing(1, 2, 3))
+    for dummy in range(5):
+        agent.now += _agent.REPORT_INTERVAL
+        agent.tick()
+    assert agent.kernel.converged[-1] == ["w1", "w2", "w3"]
+    told = capsys.readouterr().err
+    assert told.count("mesh.json cannot be read") == 1 and told.count("state.json cannot be read") == 1
+    agent.load_proofs()
+    assert agent.proved == {}
+    # one that starts then has nothing to go by, says so, and begins when it has
+    again = started(agent.config)
+    again.tick()
+    assert "mesh.json cannot be read" in again.trouble and not again.kernel.converged
+    monkeypatch.undo()
+    again.now += _agent.RETRY[-1]
+    again.tick()
+    assert again.trouble == "" and again.kernel.converged
+
+
 def test_a_document_that_vanishes_stops_the_work_and_one_that_comes_back_begins_it(agent, tmp_path):
     agent.tick()
     text = (tmp_path / "mesh.json").read_bytes()
