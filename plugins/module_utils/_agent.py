@@ -73,8 +73,8 @@ PUBLISH_AGAIN = 600.0
 REST = 4.0
 # Seconds until a node that could not be taken out of the document is tried again.
 GONE_AGAIN = 5.0
-# Seconds for one command of iproute2.
-COMMAND_SECONDS = 60
+# Seconds for one command of iproute2 or nft. A turn with the lock runs several, and a run waits for it no longer than `_lock.WAIT_SECONDS`.
+COMMAND_SECONDS = 20
 STATE_MODE = 0o644
 MEMORY = "memory.json"
 GUARD_OPTION = "--guard"
