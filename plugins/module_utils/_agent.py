@@ -62,6 +62,9 @@ REPORT_REST_LONGEST = 60.0
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)
 # Seconds that new peers have to answer. A silent one must not keep those waiting that came after it.
 PROVE_SECONDS = 3.0
+# Seconds after the start for which peers without a proof are waited for before pods are started: after a reboot those are the ones that
+# joined since the last run. One that is down must not keep the node from its work.
+READY_SECONDS = 5.0
 # Rounds without an answer after which a fresh handshake and received bytes are enough: a firewall of the peer may drop what knocks. By then
 # an idle peer has sent a keepalive (10 s, KEEPALIVE_TIMEOUT, whitepaper, section 6.5).
 ROUNDS_OF_KNOCKING = 4
@@ -71,8 +74,8 @@ PUBLISH_AGAIN = 600.0
 REST = 4.0
 # Seconds until a node that could not be taken out of the document is tried again.
 GONE_AGAIN = 5.0
-# Seconds for one command of iproute2.
-COMMAND_SECONDS = 60
+# Seconds for one command of iproute2 or nft. A turn with the lock runs several, and a run waits for it no longer than `_lock.WAIT_SECONDS`.
+COMMAND_SECONDS = 20
 STATE_MODE = 0o644
 MEMORY = "memory.json"
 GUARD_OPTION = "--guard"
@@ -175,7 +178,7 @@ class Kernel:
         if any(step["op"] == "create_link" for step in link_steps):
             raise MeshError("device %s is missing: run the playbook enable on this node" % name)
         settings = dict(decide.route_settings(config, name, live_routes.stored_rules(config["boot_folder"])), own_cidrs=own_cidrs)
-        present = decide.routed_now(current["routes"], applied, document, node, config["table"])
+        present = decide.routed_now(current["routes"], applied, document, node, config["table"], state)
         wanted = _routes_plan.wanted_state(document, node, settings, proven, present)
         early = decide.early_removals(current, wanted, decide.moved_prefixes(state, first))
         between = current
@@ -266,6 +269,7 @@ class Agent:
 
     def __init__(self, config, kernel=None, client=None, clock=time.monotonic, environ=None):
         self.config, self.clock = config, clock
+        self.boot_id = _lock.node_clock()["boot_id"]
         self.kernel = kernel or Kernel(config)
         self.client = client or KubeClient(config["server"], config["ca_file"], config["token_file"])
         self.notifier = Notifier(os.environ if environ is None else environ)
@@ -302,6 +306,7 @@ class Agent:
         self.counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
         self.unproven = set()
         self.unsaved = False
+        self.file_errors = set()  # paths of files that cannot be read or written, which was told
         self.guard = GuardKeeper(System(Host()), config)
         self.watcher = None       # of the guard's table, where there is a guard
         self.guard_whole = False  # whether the next comparison reads the guard first
@@ -324,13 +329,14 @@ class Agent:
         self.due["converge"] = self.clock()
         for follower in self.followers:
             follower.start()
-        ready = False
+        latest = self.clock() + READY_SECONDS  # None: systemd knows
         while not self.stopping:
             self.tick()
-            if not ready:
+            if latest is not None and (not self.unproven or self.clock() >= latest):
                 self.notifier.tell("READY=1")
-                ready = True
-            self.receive(self.pause())
+                latest = None
+            pause = self.pause()
+            self.receive(pause if latest is None else min(pause, max(0.0, latest - self.clock())))
             if not all(follower.is_alive() for follower in self.followers):
                 log("the thread that follows the API has ended: ending as well, to be started again")
                 return 1
@@ -393,9 +399,9 @@ class Agent:
             end = self.clock()
             self.due["rest"] = end + REST * (end - now)
         self.prove(self.clock())
-        if self.unsaved and now >= self.due["save"]:
-            self.due["save"] = now + (0.0 if self.pods is None else BASE_INTERVAL)
+        if self.unsaved and self.document is not None and now >= self.due["save"]:
             self.save_memory()
+            self.due["save"] = now + (BASE_INTERVAL if self.unsaved or self.pods is not None else 0.0)
         if now >= self.due["report"]:
             used = processor_seconds()
             self.report()
@@ -525,8 +531,16 @@ class Agent:
             stat = None
         if stat == self.base_stat:
             return
+        try:
+            text = read_text(path) if stat else None
+        except MeshError as exc:
+            # What was read before still holds, and this is tried again.
+            self.tell_once(path, exc)
+            if self.document is None:
+                self.trouble = str(exc)
+            return
+        self.file_errors.discard(path)
         self.base_stat = stat
-        text = read_text(path) if stat else None
         try:
             base = _mesh.load_document(text) if text is not None else None
         except MeshError as exc:
@@ -543,11 +557,12 @@ class Agent:
             # the run that wrote it had a reason to change the guard as well
             self.guard.forget()
         self.base, self.base_sha256 = base, sha256
-        kept, remembered = decide.parse_memory(read_text(self.memory_file()) or "", self.base_sha256)
+        memory = self.read(self.memory_file())
+        kept, remembered = decide.parse_memory(memory, self.base_sha256)
         self.document, self.remembered = (kept, remembered) if kept is not None else (base, None)
         if self.applied is None:
-            # At a start the kernel is as this agent left it, or as a run or the boot made it.
-            self.applied = self.document
+            # At a start the kernel is as this agent left it, or as a run or the boot made it. What it remembers may be ahead of that.
+            self.applied = decide.parse_applied(memory, self.boot_id) or base
             self.expected = True
         self.whole, self.sending, self.trial = True, None, None
         self.load_proofs()
@@ -626,17 +641,34 @@ class Agent:
         return os.path.join(self.config["state"], MEMORY)
 
     def save_memory(self):
-        self.unsaved = False
-        self.write(self.memory_file(), decide.memory_text(self.base_sha256, self.document, self.remembered))
+        """Where it cannot be written it is tried again: at the next boot the guard goes by it before anything else is known."""
+        text = decide.memory_text(self.base_sha256, self.document, self.remembered, self.applied, self.boot_id)
+        self.unsaved = not self.write(self.memory_file(), text)
+
+    def tell_once(self, path, exc):
+        """That a file cannot be read or written, until it can be again."""
+        if path not in self.file_errors:
+            log(str(exc))
+        self.file_errors.add(path)
+
+    def read(self, path):
+        """Text of a file of the agent's own; empty where there is none, or a disk that fails gives none."""
+        try:
+            return read_text(path) or ""
+        except MeshError as exc:
+            self.tell_once(path, exc)
+            return ""
 
     def write(self, path, text):
-        """A file of the agent's own. What cannot be written (a disk that is full) must not stop it."""
-        if read_text(path) == text:
-            return
+        """A file of the agent's own; -> whether it is as it shall be. What cannot be written (a disk that is full) must not stop it."""
         try:
-            write_text(path, text, STATE_MODE)
+            if self.read(path) != text:
+                write_text(path, text, STATE_MODE)
         except MeshError as exc:
-            log(str(exc))
+            self.tell_once(path, exc)
+            return False
+        self.file_errors.discard(path)
+        return True
 
     # --- proofs
 
@@ -646,7 +678,7 @@ class Agent:
     def load_proofs(self):
         """What was proven before this program was started again; a reboot forgets it."""
         try:
-            found = json.loads(read_text(self.proof_file()) or "{}")
+            found = json.loads(self.read(self.proof_file()) or "{}")
             self.proved = {str(name): str(key) for name, key in found.items()}
         except (ValueError, AttributeError):
             self.proved = {}
@@ -798,6 +830,8 @@ class Agent:
         trial = decide.trial_peers(self.trial[0], self.config["node"], self.trial[1]) if self.trial is not None else {}
         self.tried |= set(trial)
         steps, state = self.kernel.converge(document, self.applied, proven, self.sends_from(document, routed["rules"]), trial, self.tried)
+        # also remembered: who starts again must know what the kernel holds
+        self.unsaved = self.unsaved or self.applied != document
         self.applied, self.tried = document, set(trial)
         opened = self.guard.open()
         if opened:

@@ -26,11 +26,13 @@ import shutil
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_FILE, MODE_GUARD
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_UNIT as RUN_GUARD_UNIT
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._persist import POD_STARTERS
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import (
     apply_file_step,
     plan_files,
     read_text,
     remove_empty_folders,
+    remove_file,
     write_text,
 )
 
@@ -50,6 +52,8 @@ TOKEN_FILE = "/etc/kubemesh/agent-token"  # noqa: S105 - a path
 TOKEN_MODE = 0o640
 LIBRARY = "/usr/local/lib/kubemesh"
 LINK = LIBRARY + "/agent"
+# Is there from the first change of an installation to the end of its restart. Below a directory that outlives a reboot.
+UNFINISHED = LIBRARY + "/agent.unfinished"
 LOCK_FOLDER = "/run/kubemesh"
 RUNTIME = LOCK_FOLDER + "/agent"
 STATE = "/var/lib/kubemesh-agent"
@@ -115,12 +119,16 @@ def unit_text(python, as_root, devices):
     """The service. ``devices``: units that make the device at boot.
 
     ``as_root``: the device is a userspace implementation's, whose control socket belongs to root; the one capability is the same then.
+
+    Pods are started after it: until then, who joined since the last run has neither peer nor route. It is ready without the API, which may
+    be a pod of this node. It wants nothing that comes after those that start pods, so that no circle arises.
     """
     return HEADER + f"""\
 [Unit]
 Description=Keeps the WireGuard mesh of this node up to the cluster's list of nodes
 Documentation=https://galaxy.ansible.com/ui/repo/published/kubemesh/wireguard/
 After=network.target kubemesh-routes.service {" ".join(devices)}
+Before={POD_STARTERS}
 ConditionPathExists={CONFIG_FILE}
 
 [Service]
@@ -132,7 +140,8 @@ ExecStart={python} -I -S {LINK}/start.py {CONFIG_FILE}
 RestartSec=5
 # Another agent is at work: this one must not take turns with it.
 RestartPreventExitStatus=3
-TimeoutStartSec=90
+# It is ready within seconds. Whatever happens to it, pods are not kept waiting longer.
+TimeoutStartSec=60
 WatchdogSec=120
 # What it did stays: the mesh outlives its manager.
 KillMode=mixed
@@ -301,13 +310,16 @@ def plan_present(config_text, token, python, as_root, devices, files):
     if token is not None and read_text(TOKEN_FILE) != token + "\n":
         # neither the old one nor the new one is in a step: steps are printed
         steps.append({"op": "write_token", "path": TOKEN_FILE})
+    if os.path.lexists(UNFINISHED):
+        # the files may all be there, and what runs be what ran before them
+        steps.append({"op": "finish_installation", "path": UNFINISHED})
     return steps
 
 
 def plan_absent():
     """Steps to a node without agent."""
     steps = plan_files(dict.fromkeys((CONFIG_FILE, UNIT_FILE, GUARD_UNIT_FILE, USERS_FILE, FOLDERS_FILE), (None, 0o644)))
-    if os.path.lexists(LINK):
+    if os.path.lexists(LINK) or os.path.lexists(UNFINISHED):
         steps.append({"op": "remove_program", "path": LINK})
     if os.path.lexists(TOKEN_FILE):
         steps.append({"op": "remove_token", "path": TOKEN_FILE})
@@ -320,8 +332,12 @@ def plan_absent():
 
 
 def apply_present(system, steps, token, files, restart):
-    """Carry out steps of `plan_present`; the unit is started (again) last, so that nothing runs half installed."""
+    """Carry out steps of `plan_present`; the unit is started (again) last, so that nothing runs half installed.
+
+    A run that dies in between leaves a mark, by which the next one knows that there is more to do than files tell.
+    """
     paths = {step["path"] for step in steps}
+    write_text(UNFINISHED, HEADER, 0o644)
     for step in steps:
         if step["op"] in ("write_file", "remove_file"):
             apply_file_step(step)
@@ -338,10 +354,11 @@ def apply_present(system, steps, token, files, restart):
         os.chown(TOKEN_FILE, 0, owner[1])
         os.chmod(TOKEN_FILE, TOKEN_MODE)
     system.run(["systemd-tmpfiles", "--create", FOLDERS_FILE])
-    if paths & {UNIT_FILE, GUARD_UNIT_FILE}:
+    if paths & {UNIT_FILE, GUARD_UNIT_FILE, UNFINISHED}:
         system.run(["systemctl", "daemon-reload"])
     system.run(["systemctl", "enable", UNIT, GUARD_UNIT])
     system.run(["systemctl", "restart" if restart else "start", UNIT])
+    remove_file(UNFINISHED)
 
 
 def apply_absent(system, steps):
@@ -354,7 +371,8 @@ def apply_absent(system, steps):
         if step["op"] == "remove_file":
             apply_file_step(step)
         elif step["op"] == "remove_program":
-            os.unlink(LINK)
+            for path in (LINK, UNFINISHED):
+                remove_file(path)
             remove_programs()
             remove_empty_folders([LIBRARY])
         elif step["op"] == "remove_token":

@@ -591,23 +591,28 @@ def route_settings(config, interface, stored_rules):
         "own_cidrs": None}
 
 
-def routed_now(routes, applied, document, node, table):
+def routed_now(routes, applied, document, node, table, state):
     """The routes of the kernel with the names of their peers, as far as peer and key are the same as before.
 
     These are the ones that stay though their peer is not proven now (it may only be away). What belongs to another peer, or to one with
-    another key, is not among them: nothing is sent there before it is proven (invariant I1).
+    another key, is not among them: nothing is sent there before it is proven (invariant I1). ``state``: that of the device. Where it gives
+    a prefix to another key, that is where the route leads now, whatever ``applied`` says: it may be older than what is in the kernel.
     """
     if applied is None:
         return []
     owners = {}
     for first, second in ((table, "pods"), (table + 1, "nodes")):
         owners.update({(first, dst): peer for dst, peer in _mesh.table_routes(applied, node)[second]})
+    holders = {prefix: key for key, peer in state["peers"].items() for prefix in peer["allowed_ips"]}
     generation = str(document["generation"])
     found = []
     for route in routes:
         peer = owners.get((route["table"], route["dst"]))
         old, new = applied["nodes"].get(peer), document["nodes"].get(peer)
-        if peer and old and new and old["public_keys"].get(generation) == new["public_keys"].get(generation):
+        if not (peer and old and new):
+            continue
+        key = new["public_keys"].get(generation)
+        if key == old["public_keys"].get(generation) and holders.get(route["dst"], key) == key:
             found.append(dict(route, peer=peer))
     return found
 
@@ -742,10 +747,26 @@ def state_warnings(state, active, now_epoch):
 
 # --- what is kept over a restart --------------------------------------------------------------------------------------------------------
 
-def memory_text(base_sha256, document, remembered):
-    """The text of the file that the agent keeps: the effective document, and what belongs to its base."""
-    return json.dumps({"schema": STATE_SCHEMA, "base": base_sha256, "document": document, "remembered": remembered}, sort_keys=True,
-                      separators=(",", ":")) + "\n"
+def memory_text(base_sha256, document, remembered, applied, boot_id):
+    """The text of the file that the agent keeps: the effective document, what belongs to its base, and what the kernel holds.
+
+    ``applied``: the document that the kernel was brought to in this boot. It is written in full only where it is another one: the kernel
+    is behind while a run holds the lock, or where something is in the way.
+    """
+    return json.dumps({"schema": STATE_SCHEMA, "base": base_sha256, "document": document, "remembered": remembered, "boot_id": boot_id,
+                       "applied": None if applied == document else applied}, sort_keys=True, separators=(",", ":")) + "\n"
+
+
+def parse_applied(text, boot_id):
+    """The document that the kernel was brought to, by memory of this boot; None where there is none: then it holds what a run, or the
+    boot files that a run left, made of the base."""
+    try:
+        kept = json.loads(text)
+        if kept["schema"] != STATE_SCHEMA or kept["boot_id"] != boot_id:
+            return None
+        return _mesh.validate_document(kept["document"] if kept["applied"] is None else kept["applied"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MeshError):
+        return None
 
 
 def parse_memory(text, base_sha256):

@@ -50,9 +50,7 @@ class KubeClient:
     """
 
     def __init__(self, server, ca_file=None, token_file=None):
-        parts = urllib.parse.urlsplit(server)
-        if parts.scheme not in ("https", "http") or not parts.hostname or parts.path.strip("/") or parts.username:
-            raise MeshError("server: %s is not the address of an API server such as https://192.0.2.1:6443" % shown(server))
+        parts = decide.server_parts(server)
         if parts.scheme == "http" and token_file:
             raise MeshError("server: %s has no TLS, and a token is never sent in clear; use https" % shown(server))
         self.server, self.parts, self.ca_file, self.token_file = server, parts, ca_file, token_file

@@ -17,6 +17,7 @@ read again. What follows from a new list is the difference to what was known.
 from __future__ import annotations
 
 import json
+import urllib.parse
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
 
@@ -60,6 +61,19 @@ class Gone(ApiError):
         super().__init__(message, 410)
 
 
+def server_parts(server):
+    """The parts of the address of an API server; `MeshError` for what is none."""
+    try:
+        parts = urllib.parse.urlsplit(server)
+        # raises for a port that is none
+        usable = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.path.strip("/") or parts.username or "?" in server or "#" in server:
+        raise MeshError("server: %s is not the address of an API server such as https://192.0.2.1:6443" % shown(server))
+    return parts
+
+
 def backoff(failures, jitter):
     """Seconds to wait after so many failures in a row (from 1). ``jitter``: a random number from 0 to 1; it spreads half of the time."""
     longest = min(BACKOFF_LONGEST, BACKOFF_FIRST * 2.0 ** min(max(failures, 1) - 1, 16))
@@ -76,7 +90,7 @@ def status_error(code, body, where, retry_after=0.0):
     try:
         status = json.loads(body)
         said = status.get("message") if isinstance(status, dict) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         said = None
     text = "%s: HTTP %d%s" % (where["what"], code, ", %s" % shown(said, 300) if said else "")
     if code == 410:

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 
@@ -28,10 +29,12 @@ DIRECTORY_MODE = 0o700
 FILE_MODE = 0o640
 # Bytes; a lock file has about one thousand, one with the ids of all runs that it may remember three.
 SIZE_MAX = 65536
-# Seconds to wait for another module that looks at the file; that takes milliseconds.
-WAIT_SECONDS = 10.0
+# Seconds to wait for who has the directory locked. Another module that looks at the file takes milliseconds; the node agent keeps it for
+# one turn, which takes seconds where a slow node has to load a large guard, or much is to be put right.
+WAIT_SECONDS = 90.0
 WAIT_STEP_SECONDS = 0.02
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+LOCKS = "/proc/locks"
 
 
 def node_clock():
@@ -66,7 +69,7 @@ def transact(path, request, check_mode, clock=node_clock):
 def turn(path, clock=node_clock):
     """For who is no run, but must not work while one does: while the context lasts, no run can take the lock.
 
-    Yields an empty text, or who is in the way. Short work only: modules wait for `WAIT_SECONDS`.
+    Yields an empty text, or who is in the way. Modules wait for `WAIT_SECONDS`.
     """
     folder, name = os.path.split(path)
     handle = None
@@ -150,9 +153,28 @@ def _lock(handle, deadline, folder):
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise MeshError("another process keeps %s locked for more than %d seconds; find it with fuser %s, then run again" % (
-                    folder, WAIT_SECONDS, folder)) from None
+                raise MeshError("%s keeps %s locked for more than %d seconds; look at what it does, then run again" % (
+                    _holder(handle) or "another process (find it with fuser %s)" % folder, folder, WAIT_SECONDS)) from None
         time.sleep(WAIT_STEP_SECONDS)
+
+
+def _holder(handle):
+    """Who has a file locked, for people: ``process 812 of kubemesh-agent.service``; an empty text where the kernel does not tell.
+
+    Not its command: that could hold what must not be in a result.
+    """
+    found = os.fstat(handle)
+    place = "%02x:%02x:%d" % (os.major(found.st_dev), os.minor(found.st_dev), found.st_ino)
+    try:
+        with open(LOCKS, encoding="ascii") as locks:
+            # 1: FLOCK  ADVISORY  WRITE 812 00:1a:1234 0 EOF; with -> before FLOCK for who waits
+            pids = [int(words[4]) for words in map(str.split, locks) if words[1] == "FLOCK" and words[5] == place]
+        # the last line is that of systemd, where there are several
+        with open("/proc/%d/cgroup" % pids[0], encoding="utf-8", errors="replace") as groups:
+            group = groups.read().rstrip("\n").rpartition("/")[2]
+    except (OSError, ValueError, IndexError):
+        return ""
+    return "process %d%s" % (pids[0], " of %s" % group if re.fullmatch(r"[A-Za-z0-9:@_.\\-]+\.(service|scope)", group) else "")
 
 
 def _check_directory(folder, found):

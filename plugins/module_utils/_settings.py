@@ -19,6 +19,7 @@ import math
 import re
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._confirm import check_timeout
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_watch import server_parts
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import check_settings, exempt_fault
 
@@ -30,8 +31,8 @@ _NUMBERS = ("table", "port", "rule_priority", "fwmark", "confirm_timeout", "lock
 _LISTS = ("exempt_cidrs", "exempt_nodes", "admin_ports")
 # Says something where strict mode is on only.
 _OF_STRICT_MODE = ("exempt_nodes", "admin_ports")
-# Where foreign rules are in the way on one node, its own can differ: nobody else sees them.
-_OF_A_NODE = ("rule_priority",)
+# Where foreign rules are in the way on one node, its own can differ: nobody else sees them. Nodes can reach the API at different addresses.
+_OF_A_NODE = ("rule_priority", "agent_server")
 # Says how this run works, and nothing of it stays on a node.
 _OF_A_RUN = ("confirm_timeout", "lock_wait", "probe_timeout", "psk_secret_fault")
 NAMED = 5
@@ -89,6 +90,14 @@ def faults_of(settings):
     probe_timeout = settings.get("probe_timeout", 1)
     if not (math.isfinite(probe_timeout) and probe_timeout > 0):
         found.append("mesh_probe_timeout: %s: it is a number of seconds above 0; 15 is the default" % probe_timeout)
+    if settings.get("agent_server"):
+        try:
+            usable = server_parts(settings["agent_server"]).scheme == "https"
+        except MeshError:
+            usable = False
+        if not usable:
+            found.append("mesh_agent_server: %s is not the address of an API server such as https://192.0.2.1:6443"
+                         % shown(settings["agent_server"]))
     found.append(settings.get("psk_secret_fault", ""))
     return [fault for fault in found if fault]
 

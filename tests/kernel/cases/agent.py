@@ -19,7 +19,7 @@ import sys
 import cluster
 
 from cases.modules import name_of
-from cases.persistence import KEEP, bring_up, explained, set_up_networks, start, wait_for
+from cases.persistence import AT_KUBELET, KEEP, KUBELET, bring_up, explained, set_up_networks, start, wait_for
 
 UNIT, USER = "kubemesh-agent.service", "kubemesh-agent"
 STATE = pathlib.Path("/run/kubemesh/agent/state.json")
@@ -133,6 +133,9 @@ def check_private_key_is_nowhere(pid):
 @explained
 def case_1_the_agent_follows_the_cluster_as_a_user_with_one_capability(env):
     set_up_networks("kubemesh-test.service", LOOK)
+    pathlib.Path("/etc/systemd/system/kubelet.service").write_text(KUBELET)
+    cluster.sh("systemctl", "daemon-reload")
+    cluster.sh("systemctl", "enable", "kubelet.service")  # runs after the reboot
     lab = start(env)
     machine, peer = lab.nodes
     keys = lab.make_keys()
@@ -208,6 +211,11 @@ def case_2_after_a_reboot_without_the_api_it_goes_by_what_it_remembers(env):
     until(lambda: state().get("nodes") == 3 and len(allowed()) == 2, "the mesh as the agent remembers it")
     assert state()["api"] != "watching" and state()["guard"] == "in force" and guarded() == {"10.244.2.0/24", "10.244.3.0/24"}
     check_confined(main_pid())
+    until(lambda: cluster.sh("systemctl", "is-active", "kubelet.service", check=False).strip() == "active", "kubelet")
+    seen = pathlib.Path(AT_KUBELET).read_text()
+    assert set(allowed()) <= set(seen.split()), "no peer yet when pods were started: %s\n%s" % (seen, journal())
+    circles = [line for line in cluster.sh("journalctl", "-b", "--no-pager", "-o", "cat").splitlines() if "ordering cycle" in line]
+    assert not circles, circles
     machine = lab.nodes[0]
     lab.module(machine, "agent", state="absent")
     lab.module(machine, "guard", state="absent")

@@ -43,9 +43,9 @@ def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventor
 
 def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_shown(tmp_path):
     code, text = run(tmp_path, {"mesh_confirm_timeout": 3, "mesh_probe_timeout": -1, "mesh_psk_secret": WEAK, "mesh_port": 0,
-                                "mesh_lock_wait": -1})
+                                "mesh_lock_wait": -1, "mesh_agent": True, "mesh_agent_server": "https://h:abc"})
     assert code == 2 and "unreachable=1" not in text, text
-    for words in ("mesh_confirm_timeout: 3", "mesh_probe_timeout: -1", "mesh_port: 0", "mesh_lock_wait: -1",
+    for words in ("mesh_confirm_timeout: 3", "mesh_probe_timeout: -1", "mesh_port: 0", "mesh_lock_wait: -1", "mesh_agent_server: 'https://h:abc'",
                   "(mesh_psk_secret) has 20 characters"):
         assert words in text, words
     # It is in the file of variables, and no word of it is in what the run says with -vvv.

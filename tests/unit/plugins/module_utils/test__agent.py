@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ class Kernel:
     """Where every change works, and is counted, and reading costs."""
 
     def __init__(self):
-        self.reads, self.converged, self.errors, self.withdrawn = 0, [], [], 0
+        self.reads, self.converged, self.errors, self.withdrawn, self.applied = 0, [], [], 0, []
         self.state = {"name": "wgmesh0", "public_key": documents.key(1), "peers": {}}
 
     def name(self, generation):
@@ -52,6 +53,7 @@ class Kernel:
             raise error
         self.trial = (sorted(trial), sorted(tried))
         self.converged.append(sorted(document["nodes"]))
+        self.applied.append(applied)
         return [], self.state
 
 
@@ -79,6 +81,11 @@ def agent(tmp_path):
               "pod_source": "node_cidrs",
               "document_file": str(tmp_path / "mesh.json"), "boot_folder": str(tmp_path), "lock_file": str(tmp_path / "no" / "lock.json"),
               "runtime": str(tmp_path / "runtime"), "state": str(tmp_path / "state"), "metrics_file": str(tmp_path / "state" / "m.prom")}
+    return started(config)
+
+
+def started(config):
+    """An agent that starts, with a kernel that counts from here on."""
     it = _agent.Agent(config, Kernel(), Client(), clock=lambda: it.now, environ={})
     it.prove = lambda now: None
     it.now = 1000.0
@@ -87,6 +94,49 @@ def agent(tmp_path):
     it.load_base()
     it.due["converge"] = it.now
     return it
+
+
+def hold_lock(config):
+    """A run holds the lock of the node, for as long as this is open."""
+    folder = os.path.dirname(config["lock_file"])
+    os.makedirs(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def test_an_agent_that_was_killed_while_a_run_held_the_lock_knows_what_the_kernel_holds(agent):
+    agent.tick()
+    handle = hold_lock(agent.config)
+    try:
+        agent.on_listed(listing(1, 2, 3))
+        agent.now += 1
+        agent.tick()
+        assert agent.waits and set(agent.document["nodes"]) == {"w1", "w2", "w3"} and len(agent.kernel.converged) == 1
+    finally:
+        os.close(handle)
+    again = started(agent.config)
+    again.tick()
+    assert again.kernel.converged == [["w1", "w2", "w3"]] and set(again.kernel.applied[0]["nodes"]) == {"w1", "w2"}
+    # and one that was killed afterwards knows that it is done
+    last = started(agent.config)
+    last.tick()
+    assert set(last.kernel.applied[0]["nodes"]) == {"w1", "w2", "w3"}
+
+
+def test_after_a_reboot_the_kernel_holds_what_the_last_run_left(agent, monkeypatch):
+    """The pod CIDR of w2 is w3's now: a route to it is one to w2 as long as the kernel was not brought further."""
+    nodes = [node(1), node(2), node(3)]
+    nodes[1]["spec"]["podCIDRs"], nodes[2]["spec"]["podCIDRs"] = ["10.244.9.0/24"], ["10.244.2.0/24"]
+    agent.on_listed({"w%d" % number: _agent_plan.reduced(obj) for number, obj in enumerate(nodes, 1)})
+    agent.now += 1
+    agent.tick()
+    assert agent.applied["nodes"]["w3"]["pod_cidrs"] == ["10.244.2.0/24"]
+    monkeypatch.setattr(_agent._lock, "BOOT_ID", os.devnull)  # not the one of before
+    booted = started(agent.config)
+    booted.tick()
+    assert booted.document == agent.document
+    assert booted.kernel.applied[0] == booted.base and booted.base["nodes"]["w2"]["pod_cidrs"][0] == "10.244.2.0/24"
 
 
 def node(number):
@@ -320,6 +370,44 @@ def test_a_disk_that_is_full_stops_nothing(agent, monkeypatch, capsys):
     agent.now += 1
     agent.tick()
     assert agent.kernel.converged[-1] == ["w1", "w2", "w3"] and "no space" in capsys.readouterr().err
+    for dummy in range(3):
+        agent.now += _agent.BASE_INTERVAL
+        agent.tick()
+    assert agent.unsaved and "memory.json" not in capsys.readouterr().err  # told once
+    # there is room again, and no news
+    monkeypatch.undo()
+    agent.now += _agent.BASE_INTERVAL
+    agent.tick()
+    assert not agent.unsaved
+    assert set(_agent_plan.parse_memory(_agent.read_text(agent.memory_file()), agent.base_sha256)[0]["nodes"]) == {"w1", "w2", "w3"}
+
+
+def test_files_that_cannot_be_read_stop_nothing(agent, monkeypatch, capsys):
+    """A disk that fails, or somebody who changed what the agent's user may read."""
+    def broken(path, *dummy):
+        raise MeshError("%s cannot be read: Input/output error" % path)
+
+    agent.tick()
+    monkeypatch.setattr(_agent, "read_text", broken)
+    monkeypatch.setattr(_agent, "write_text", broken)
+    os.utime(agent.config["document_file"])
+    agent.on_listed(listing(1, 2, 3))
+    for dummy in range(5):
+        agent.now += _agent.REPORT_INTERVAL
+        agent.tick()
+    assert agent.kernel.converged[-1] == ["w1", "w2", "w3"]
+    told = capsys.readouterr().err
+    assert told.count("mesh.json cannot be read") == 1 and told.count("state.json cannot be read") == 1
+    agent.load_proofs()
+    assert agent.proved == {}
+    # one that starts then has nothing to go by, says so, and begins when it has
+    again = started(agent.config)
+    again.tick()
+    assert "mesh.json cannot be read" in again.trouble and not again.kernel.converged
+    monkeypatch.undo()
+    again.now += _agent.RETRY[-1]
+    again.tick()
+    assert again.trouble == "" and again.kernel.converged
 
 
 def test_a_document_that_vanishes_stops_the_work_and_one_that_comes_back_begins_it(agent, tmp_path):
@@ -342,6 +430,34 @@ def test_a_thread_that_ended_ends_the_agent(agent, capsys):
     agent.follower.run = lambda: None
     assert agent.run() == 1
     assert "to be started again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_pods_may_start_when_who_joined_was_proven_or_time_is_up(agent, answers, monkeypatch):
+    """READY=1 is what systemd waits for with kubelet; the API is not needed for it."""
+    told, waits = [], []
+    agent.kernel.state["peers"] = {documents.key(2): {
+        "endpoint": None, "allowed_ips": [], "last_handshake": 0, "rx_bytes": 0, "tx_bytes": 0}}
+    agent.kernel.prove = lambda document, names, before: {
+        name: {"public_key": documents.key(2), "proven": answers, "reason": "no_echo"} for name in names}
+    monkeypatch.setattr(agent.notifier, "tell", told.append)
+    receive = agent.receive
+
+    def wait(seconds):
+        assert seconds <= _agent.READY_SECONDS
+        waits.append("READY=1" in told)
+        if agent.proving:
+            receive(60)
+        elif waits[-1]:
+            agent.stop()
+        else:
+            agent.now += seconds
+
+    agent.receive = wait
+    begun = agent.now
+    assert agent.run() == 0
+    assert waits[0] is False and told.count("READY=1") == 1
+    assert agent.now - begun == (0 if answers else _agent.READY_SECONDS) and bool(agent.unproven) is not answers
 
 
 def test_never_busy(agent):

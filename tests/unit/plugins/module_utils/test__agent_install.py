@@ -20,7 +20,66 @@ def library(monkeypatch, tmp_path):
     folder = tmp_path / "lib"
     monkeypatch.setattr(install, "LIBRARY", str(folder))
     monkeypatch.setattr(install, "LINK", str(folder / "agent"))
+    monkeypatch.setattr(install, "UNFINISHED", str(folder / "agent.unfinished"))
     return folder
+
+
+class Killed(BaseException):
+    """A run that dies."""
+
+
+class System:
+    """Commands of a node, of which one is the last of a run."""
+
+    def __init__(self, last=None):
+        self.commands, self.last = [], last
+
+    def run(self, argv):
+        if self.last == len(self.commands):
+            raise Killed
+        self.commands.append(argv)
+
+
+@pytest.fixture
+def node(library, monkeypatch, tmp_path):
+    """A node that the agent is installed on."""
+    for name in ("UNIT_FILE", "GUARD_UNIT_FILE", "USERS_FILE", "FOLDERS_FILE", "CONFIG_FILE", "TOKEN_FILE", "RUNTIME", "STATE"):
+        monkeypatch.setattr(install, name, str(tmp_path / name))
+    monkeypatch.setattr(install, "identity", lambda: (os.getuid(), os.getgid()))
+    monkeypatch.setattr(install.os, "chown", lambda *dummy: None)
+
+
+def test_an_installation_that_was_interrupted_is_ended_by_the_next_one(node):
+    """Wherever: what runs could be the program, or what systemd knows the unit, of before."""
+    def plan(text):
+        return install.plan_present(text, "token", "/usr/bin/python3", False, [], {"start.py": ""})
+
+    files = {"start.py": ""}
+    first = System()
+    install.apply_present(first, plan("{}\n"), "token", files, True)
+    assert first.commands[-1] == ["systemctl", "restart", install.UNIT] and plan("{}\n") == []
+    # with another configuration systemd need not read its units again
+    for number in range(len(first.commands) - 1):
+        text = '{"number": %d}\n' % number
+        with pytest.raises(Killed):
+            install.apply_present(System(number), plan(text), "token", files, True)
+        # no step may be one that restarts nothing, see the module
+        assert [step["op"] for step in plan(text)] == ["finish_installation"]
+        second = System()
+        install.apply_present(second, plan(text), "token", files, True)
+        assert ["systemctl", "daemon-reload"] in second.commands and second.commands[-1] == ["systemctl", "restart", install.UNIT]
+        assert plan(text) == []
+
+
+def test_an_installation_that_was_interrupted_is_removed(node, library):
+    with pytest.raises(Killed):
+        install.apply_present(System(0), install.plan_present("{}\n", "token", "/p", False, [], {"start.py": ""}), "token",
+                              {"start.py": ""}, True)
+    (library / "agent").unlink()
+    steps = [step for step in install.plan_absent() if step["op"] != "remove_user"]
+    assert {"op": "remove_program", "path": install.LINK} in steps
+    install.apply_absent(System(), steps)
+    assert not library.exists() and [step for step in install.plan_absent() if step["op"] != "remove_user"] == []
 
 
 def test_program_is_whole_and_needs_nothing_else(library):
@@ -72,6 +131,11 @@ def test_unit():
     assert "User=kubemesh-agent\n" in own and "AmbientCapabilities=CAP_NET_ADMIN\n" in own and "User=" not in root
     for text in (own, root):
         assert "CapabilityBoundingSet=CAP_NET_ADMIN\n" in text and "NoNewPrivileges=yes\n" in text and "ProtectSystem=strict\n" in text
+        # at boot: after the routes of the last run, before pods, and waiting for nothing that may wait for pods
+        lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        assert {"kubelet.service", "k3s.service", "rke2-agent.service"} <= set(lines["Before"].split())
+        assert lines["After"].split() == ["network.target", "kubemesh-routes.service", "wg-quick@wgmesh0.service"]
+        assert not {"Wants", "Requires", "BindsTo"} & set(lines) and int(lines["TimeoutStartSec"]) <= 60
         assert "Type=notify\n" in text and "WatchdogSec=" in text and "MemoryMax=" in text
 
 

@@ -506,10 +506,20 @@ def test_routes_stay_only_with_the_same_peer_and_key():
     old = document(1, 2, 3)
     current = routes_of(old, None)
     new = document(1, 2, 3, w3={"public_keys": {"0": documents.key(8)}, "probe_addresses": {"0": _mesh.probe_address(documents.key(8))}})
-    present = plan.routed_now(current["routes"], old, new, "w1", 51840)
+    present = plan.routed_now(current["routes"], old, new, "w1", 51840, device(old))
     assert {route["peer"] for route in present} == {"w2"}
     assert {route["peer"] for route in routes_of(new, set(), present)["routes"]} == {"w2"}
-    assert plan.routed_now(current["routes"], None, new, "w1", 51840) == []
+    assert plan.routed_now(current["routes"], None, new, "w1", 51840, device(old)) == []
+
+
+def test_a_route_leads_to_who_has_its_prefix_in_the_device():
+    """Where it is remembered wrongly what the kernel holds: a route that leads to somebody else is none to keep."""
+    new = document(1, 2, 3)
+    real = document(1, 2, 3, w3={"pod_cidrs": []}, w2={"pod_cidrs": ["10.244.2.0/24", "10.244.3.0/24"]})
+    present = plan.routed_now(routes_of(new, None)["routes"], new, new, "w1", 51840, device(real))
+    assert "10.244.3.0/24" not in {route["dst"] for route in present} and "198.18.0.13/32" in {route["dst"] for route in present}
+    # a prefix that nobody has is one that somebody took away
+    assert plan.routed_now(routes_of(new, None)["routes"], new, new, "w1", 51840, device(document(1))) != []
 
 
 def test_a_prefix_that_changes_hands_loses_its_route_before_the_device_changes():
@@ -519,7 +529,7 @@ def test_a_prefix_that_changes_hands_loses_its_route_before_the_device_changes()
     dummy, first, dummy2 = plan.plan_device(device(old), link_of(old), new, old, CONFIG, True)
     moved = plan.moved_prefixes(device(old), first)
     assert "10.244.3.0/24" in moved
-    unproven = routes_of(new, {"w2"}, plan.routed_now(current["routes"], old, new, "w1", 51840))
+    unproven = routes_of(new, {"w2"}, plan.routed_now(current["routes"], old, new, "w1", 51840, device(old)))
     assert [step["route"]["dst"] for step in plan.early_removals(current, unproven, moved)] == ["10.244.3.0/24"]
     # a peer that was proven before keeps its traffic in the tunnel
     proven = routes_of(new, {"w2", "w4"}, [])
@@ -554,12 +564,21 @@ def test_settles_after_a_pause_and_at_the_latest():
 
 def test_memory():
     doc = document(1, 2)
-    text = plan.memory_text("sum", doc, NOTHING)
+    text = plan.memory_text("sum", doc, NOTHING, doc, "boot")
     assert plan.parse_memory(text, "sum") == (doc, NOTHING)
-    assert plan.parse_memory(plan.memory_text("sum", doc, None), "sum") == (doc, None)
+    assert plan.parse_memory(plan.memory_text("sum", doc, None, doc, "boot"), "sum") == (doc, None)
     for damaged in (text[:-20], "", "[]", text.replace("10.244.1.0/24", "10.244.1.7/24"), text.replace('"kept"', '"k"')):
         assert plan.parse_memory(damaged, "sum") == (None, None)
     assert plan.parse_memory(text, "another") == (None, None)
+
+
+def test_memory_of_what_the_kernel_holds():
+    doc, before = document(1, 2), document(1, 3)
+    text, behind = plan.memory_text("sum", doc, None, doc, "boot"), plan.memory_text("sum", doc, None, before, "boot")
+    assert plan.parse_applied(text, "boot") == doc and plan.parse_applied(behind, "boot") == before
+    assert plan.parse_applied(text, "another boot") is None
+    for damaged in (text[:-20], "", "[]", behind.replace("10.244.3.0/24", "10.244.3.7/24"), behind.replace('"boot_id"', '"b"')):
+        assert plan.parse_applied(damaged, "boot") is None
 
 
 def test_config():

@@ -217,7 +217,8 @@ def test_patch(api):
     assert api.get("nodes", "w1")["metadata"]["annotations"]["k"] == "v"
 
 
-@pytest.mark.parametrize("server", ["", "ftp://x", "https://", "https://u@h", "https://h/path", "nonsense"])
+@pytest.mark.parametrize("server", ["", "ftp://x", "https://", "https://u@h", "https://h/path", "nonsense", "https://h:99999",
+                                    "https://h:abc", "https://h:0", "https://h?x=1", "https://h?", "https://h#f", "https://[::1"])
 def test_addresses_that_are_none(server):
     with pytest.raises(MeshError, match="server"):
         _kube_api.KubeClient(server)

@@ -92,6 +92,15 @@ def test_what_follows_from_an_error():
     assert isinstance(watch.status_error(410, b"", WHERE), watch.Gone) and issubclass(watch.ApiError, MeshError)
 
 
+def test_an_answer_that_is_nested_without_end():
+    """What is no API server, or one that somebody took over, ends no thread."""
+    data = b"[" * 500000
+    for parse in (lambda: watch.parse_event(data, "x"), lambda: watch.parse_page(data, "NodeList", "x")):
+        with pytest.raises(watch.ApiError):
+            parse()
+    assert watch.status_error(403, data, WHERE).code == 403
+
+
 FIELDS = st.sampled_from(["type", "object", "metadata", "resourceVersion", "name", "code", "kind", "items"])
 
 

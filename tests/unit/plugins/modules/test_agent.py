@@ -36,7 +36,8 @@ class Systemd:
 def node(monkeypatch, tmp_path):
     systemd = Systemd()
     monkeypatch.setattr(agent, "System", lambda module: _system.System(systemd))
-    for name in ("UNIT_FILE", "USERS_FILE", "FOLDERS_FILE", "CONFIG_FILE", "TOKEN_FILE", "LIBRARY", "LINK", "RUNTIME", "STATE"):
+    for name in ("UNIT_FILE", "USERS_FILE", "FOLDERS_FILE", "CONFIG_FILE", "TOKEN_FILE", "LIBRARY", "LINK", "UNFINISHED", "RUNTIME",
+                 "STATE"):
         monkeypatch.setattr(_agent_install, name, str(tmp_path / name))
     monkeypatch.setattr(_agent_install, "identity", lambda: None)
     return systemd
@@ -62,7 +63,8 @@ def test_configuration_is_what_the_agent_takes(node):
 
 @pytest.mark.parametrize("change, text", [
     ({"node": None}, "node: is needed"), ({"server": None}, "server: is needed"), ({"server": "http://192.0.2.10"}, "no TLS"),
-    ({"server": "https://h/path"}, "not the address"), ({"token_file": "/t"}, "either token or token_file"),
+    ({"server": "https://h/path"}, "not the address"), ({"server": "https://h:abc"}, "not the address"),
+    ({"server": "https://h?x=1"}, "not the address"), ({"token_file": "/t"}, "either token or token_file"),
     ({"token": "two words"}, "token:"),
     ({"token": "line\nend"}, "token:"), ({"grace": -1}, "mesh_agent_grace"), ({"table": 254}, "mesh_table"), ({"node": "W 1"}, "Node")])
 def test_arguments_that_cannot_work(node, run_module, change, text):

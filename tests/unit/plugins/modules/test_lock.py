@@ -155,7 +155,9 @@ def test_who_keeps_the_directory_locked_is_waited_for_and_then_reported(run, pat
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         result = run("claimed")
-        assert result["failed"] and "fuser" in result["msg"]
+        assert result["failed"] and "process %d" % os.getpid() in result["msg"]
+        monkeypatch.setattr(_lock, "LOCKS", os.devnull)
+        assert "fuser" in run("claimed")["msg"]
     finally:
         os.close(handle)
     assert run("claimed")["acquired"]
