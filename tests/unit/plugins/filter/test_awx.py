@@ -93,10 +93,11 @@ GOOD = {"mesh_awx_image": "registry.example/ee", "mesh_awx_reconcile_rrule": "DT
 
 @pytest.mark.parametrize("settings,word", [
     ({"mesh_awx_image": ""}, "mesh_awx_image"),
-    ({"mesh_awx_kubernetes_token": "secret-x"}, "mesh_awx_kubernetes_host"),
+    ({"mesh_awx_kubernetes_token": "secret-x", "mesh_awx_kubernetes_ca": "PEM"}, "mesh_awx_kubernetes_host"),
+    ({"mesh_awx_kubernetes_host": "https://api", "mesh_awx_kubernetes_token": "secret-x"}, "mesh_awx_kubernetes_ca"),
     ({"mesh_awx_kubernetes_host": "https://api"}, "mesh_awx_kubernetes_token"),
-    ({"mesh_awx_kubernetes_host": "https://api", "mesh_awx_kubernetes_token": "secret-x", "mesh_awx_kubeconfig": "secret-x"},
-     "take the other"),
+    ({"mesh_awx_kubernetes_host": "https://api", "mesh_awx_kubernetes_token": "secret-x", "mesh_awx_kubernetes_ca": "PEM",
+      "mesh_awx_kubeconfig": "secret-x"}, "take the other"),
     ({"mesh_awx_psk_secret": "secret-x"}, "32 characters"),
     ({"mesh_awx_psk_secret": "secret-x" * 4, "mesh_awx_inventory": "ours"}, "mesh_awx_inventory"),
     ({"mesh_awx_notification_type": "slack"}, "mesh_awx_notification_configuration"),
