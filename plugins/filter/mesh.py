@@ -14,7 +14,13 @@ import hashlib
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _psk, _settings, _status
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, check_node_name, load_document, some_of
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
+    MeshError,
+    canonical_cidr,
+    check_node_name,
+    load_document,
+    some_of,
+)
 from ansible_collections.kubemesh.wireguard.plugins.plugin_utils._untrusted import plain, untrusted_results
 
 # Variables that tasks of the role register results in which tell that something changed on a node; a test finds those that are missing.
@@ -176,12 +182,31 @@ def strict_findings(hosts, hostvars, computed, exempt):
             finding("error", "strict mode is on, and these nodes are not part of this run and would go on dropping what %s would send in "
                     "clear: %s" % (_shortened(leaving), _shortened(missing))),
             remedy="run it on all nodes; or name nodes that cannot take part in mesh_exempt_nodes"))
+    found += _exemption_findings(hosts, hostvars, missing)
     if not changes or not missing:
         return found
     return found + [dict(
         finding("error", "strict mode is on, and mesh_encrypt would change from %s to %s without these nodes, and what one side sends the "
                 "other would drop: %s" % (changes[0][0], changes[0][1], _shortened(missing))),
         remedy="run it on all nodes; leave mesh_encrypt at %s; or name nodes that cannot take part in mesh_exempt_nodes" % changes[0][0])]
+
+
+def _exemption_findings(hosts, hostvars, missing):
+    """That ``mesh_exempt_cidrs`` would change under strict mode, and the nodes ``missing`` in this run would go by the old ones."""
+    def differs(host):
+        own = hostvars[host]
+        guard, encrypts = own["__mesh_before"].get("guard") or {}, own["__mesh_before"]["encrypts"]
+        wanted = {canonical_cidr(cidr) for cidr in (own.get("__mesh_settings") or {}).get("exempt_cidrs") or ()}
+        # Where node addresses are not guarded, or will not be, others come before this: see there.
+        guarded = guard.get("present") and encrypts == "nodes" == own.get("__mesh_encrypt", encrypts)
+        return guarded and wanted != set(guard.get("exempt_cidrs") or ())
+
+    if not missing or not any(map(differs, hosts)):
+        return []
+    return [dict(
+        finding("error", "strict mode is on, and mesh_exempt_cidrs would change without these nodes, and what one side sends the other "
+                "would drop: %s" % _shortened(missing)),
+        remedy="run it on all nodes; leave mesh_exempt_cidrs as it is; or name nodes that cannot take part in mesh_exempt_nodes")]
 
 
 def _first_value(hosts, hostvars, variable, usable):

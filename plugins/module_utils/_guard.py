@@ -139,16 +139,26 @@ def read_counters(system):
     return plan.counts_of(table) if table else None
 
 
+def exempt_cidrs_of(text):
+    """The prefixes that a text of `ruleset_text` spares; none where there is no such text."""
+    try:
+        return plan.settings_of(text or "")["exempt_cidrs"]
+    except MeshError:
+        return []
+
+
 def guard_status(system, compare=True, document=None, node=None):
     """What holds on this node, for who only looks: {"present": whether there is a table, "in_force": whether it is what its file says,
-    "at_boot": whether it comes back, "reason": what is wrong or "", "counters"}.
+    "at_boot": whether it comes back, "reason": what is wrong or "", "counters", "exempt_cidrs": what its file spares, [] where it says
+    nothing}.
 
     A node that was never guarded needs no nft for this. Without ``compare`` the elements are not read, which at thousands of nodes are tens
     of thousands, and "in_force" is None. ``document``: the one that the agent of this node works by, which has what changed since the file
     was written.
     """
     text = read_text(GUARD_FILE)
-    result = {"present": False, "in_force": False, "at_boot": False, "reason": "", "counters": plan.counts_of(None)}
+    result = {"present": False, "in_force": False, "at_boot": False, "reason": "", "counters": plan.counts_of(None),
+              "exempt_cidrs": exempt_cidrs_of(text)}
     if system.path("nft") is None:
         result["reason"] = "%s is there, but nft is not installed any more" % GUARD_FILE if text is not None else ""
         return result

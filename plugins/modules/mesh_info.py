@@ -188,6 +188,11 @@ guard:
       description: What was dropped, as M(kubemesh.wireguard.guard) returns it.
       type: dict
       sample: {"out_pods": {"packets": 0, "bytes": 0}}
+    exempt_cidrs:
+      description: Node addresses in these prefixes may be reached outside the tunnel.
+      type: list
+      elements: str
+      sample: []
 sending:
   description: Whether this node sends through the mesh.
   returned: always

@@ -198,7 +198,8 @@ def test_preshared_keys_come_and_change_and_go(lab):
         path = lab.state / "secret.json"
         path.write_text(json.dumps({"mesh_psk_secret": secret} if secret else {}))
         with Watched(lab):
-            playbook(lab, "enable", "-e", "@%s" % path, preflight=False)
+            run = playbook(lab, "enable", "-e", "@%s" % path, preflight=False)
+        assert ("Preshared keys are in use now and will not be" in run.text) == (secret is None)
         generation = 1 - generation
         found = preshared(lab, "wgmesh%d" % generation)
         if secret is None:

@@ -43,6 +43,22 @@ def test_it_is_switched_on_without_loss(lab):
     assert set(run.changed().values()) == {0}
 
 
+def test_a_check_run_changes_nothing_and_raises_no_counter(lab):
+    """Whoever watches the counters must not be alarmed by a look."""
+    def counters():
+        return [info["guard"]["counters"] for info in infos(lab).values()]
+
+    before = counters()
+    run = playbook(lab, "enable", *STRICT, "--check", source=None)
+    assert set(run.changed().values()) == {0} and counters() == before
+
+
+def test_what_is_taken_away_is_told(lab):
+    run = playbook(lab, "enable", "-e", "mesh_nodes_source=inventory", "--check", source=None, preflight=False)
+    assert "Strict mode is on now and will not be, as mesh_strict is false." in run.text
+    assert "Node to node traffic is encrypted now and will not be, as mesh_encrypt is pods." in run.text and "Preshared" not in run.text
+
+
 EXEMPT_CIDRS = ["-e", '{"mesh_exempt_cidrs": ["198.18.0.13/32", "fd00:18::d/128"]}']
 
 
@@ -55,6 +71,8 @@ def test_prefixes_are_exempted_and_brought_back_without_loss(lab):
     assert set(map(bool, run.changed().values())) == {True}
     spared = text_of(lab, "node-1", "nft list set inet kubemesh_guard exempt4; nft list set inet kubemesh_guard exempt6")
     assert "198.18.0.13" in spared and "fd00:18::d" in spared
+    run = playbook(lab, "status", *EXEMPT_CIDRS, "-e", "mesh_require_encrypted=true")
+    assert "in clear, as mesh_exempt_cidrs asks: 198.18.0.13/32" in run.text and "partial" not in run.text
     with Watched(lab):
         playbook(lab, "enable", *STRICT, source=None, preflight=False)
     assert "elements" not in text_of(lab, "node-1", "nft list set inet kubemesh_guard exempt4")
@@ -72,7 +90,11 @@ def test_a_node_leaves_and_comes_back_without_loss(lab):
     with sniffed(lab, traffic.KINDS) as found, Watched(lab, streams=False):
         playbook(lab, "reconcile", *OUT, *EXEMPT_NODE)
         after = infos(lab)
+        # as the guide on nodes says; it comes back as one that was never here
+        playbook(lab, "disable", "--limit", "node-3", "-e", "mesh_publish_keys=false", "-e", '{"mesh_forget_nodes": ["node-1", "node-2"]}')
+        left = text_of(lab, "node-3", "find /etc/wireguard /etc/kubemesh /run/kubemesh -type f 2>/dev/null; ip -br link | grep wgmesh || true")
         playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
+    assert left.strip() == "", left
     assert [after[node]["guard"]["in_force"] for node in lab.nodes] == [True, True, False]
     assert not after["node-3"]["sending"] and all(after[node]["encrypts"] == "nodes" for node in ("node-1", "node-2"))
     clear = [text for text in map(str, found["seen"]["clear"]) if "node-3" not in text]

@@ -544,6 +544,22 @@ def test_host_encryption_does_not_change_under_strict_mode_without_all():
         assert item["level"] == "error" and "from %s to %s" % (before, after) in item["message"] and item["message"].endswith(": b")
 
 
+def test_exemptions_do_not_change_under_strict_mode_without_all():
+    def found(missing=(), now=(), before=(), exempt=(), encrypts="nodes", present=True):
+        hostvars = {"ha": {
+            "__mesh_name": "a", "__mesh_encrypt": encrypts, "__mesh_settings": {"exempt_cidrs": list(now)},
+            "__mesh_before": {"exists": True, "guard": {"present": present, "exempt_cidrs": list(before)}, "encrypts": encrypts},
+            "__mesh_computed": {"members": ["a", *missing], "pending": {}, "missing": {}}}}
+        return [item for item in FILTERS["all_findings"](["ha"], hostvars, exempt) if "strict mode" in item["message"]]
+
+    for now, before in ((["192.0.2.0/24"], []), ([], ["192.0.2.0/24"])):
+        item, = found(["b"], now, before)
+        assert item["level"] == "error" and "mesh_exempt_cidrs would change" in item["message"] and item["message"].endswith(": b")
+        assert found([], now, before) == found(["b"], now, before, exempt=["b"]) == found(["b"], now, before, present=False) == []
+        assert found(["b"], now, before, encrypts="pods") == [], "node addresses are not guarded"
+    assert found(["b"], ["2001:DB8::/64"], ["2001:db8::/64"]) == []
+
+
 def test_nobody_is_left_in_clear_under_strict_mode_who_is_not_named():
     def found(exempt=(), strict=True, sending=False, members=("a",), present=True):
         before = {"exists": True, "guard": {"present": present}, "encrypts": "nodes", "sending": True}

@@ -247,7 +247,7 @@ def test_no_file_is_left(node, files):
 
 def test_status(node, files, monkeypatch):
     system = System(node)
-    nothing = {"present": False, "in_force": False, "at_boot": False, "reason": "", "counters": plan.counts_of(None)}
+    nothing = {"present": False, "in_force": False, "at_boot": False, "reason": "", "counters": plan.counts_of(None), "exempt_cidrs": []}
     assert live.guard_status(system) == nothing
     apply_files(node, plan.ruleset_text(guard(2)))
     assert live.guard_status(system) == dict(nothing, at_boot=True, reason="table kubemesh_guard: it is not there")
@@ -276,7 +276,10 @@ def test_status(node, files, monkeypatch):
     node.units[live.GUARD_UNIT]["enabled"] = False
     assert live.guard_status(system) == dict(
         good, at_boot=False, reason="kubemesh-guard.service is not enabled: the guard does not come back at boot")
+    apply_files(node, plan.ruleset_text(guard(2, exempt_cidrs=["192.0.2.0/24"])))
+    assert live.guard_status(system)["exempt_cidrs"] == ["192.0.2.0/24"]
     os.unlink(live.GUARD_FILE)
+    assert live.guard_status(system)["exempt_cidrs"] == []
     assert live.guard_status(system)["reason"].endswith("guard.nft is not there: the guard does not come back at boot")
 
 

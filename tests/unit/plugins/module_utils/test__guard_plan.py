@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -625,24 +626,21 @@ SPARING = st.fixed_dictionaries({
     "exempt_cidrs": st.lists(st.sampled_from(["198.18.0.12/32", "10.244.3.0/25", "2001:db8::3/128"]), unique=True)})
 
 
-@given(SPARING, SPARING, st.booleans(), st.sampled_from("abc").flatmap(lambda near: st.sampled_from("abc").map(lambda far: (near, far))),
-       st.sampled_from(["node", "pod"]), st.sampled_from(["node", "pod"]), st.sampled_from([4, 6]), st.sampled_from([22, 2222, 80]))
-def test_a_loosened_guard_drops_only_what_both_drop(before, after, leaves, ends, near, far, version, port):
+@settings(max_examples=25, deadline=None)
+@given(SPARING, SPARING, st.booleans())
+def test_a_loosened_guard_drops_only_what_both_drop(before, after, leaves):
+    """Every kind of packet, as few of them tell two settings apart."""
     old = guard(**before)
     joint = plan.joint_settings(dict(SETTINGS, **before), dict(SETTINGS, **after))
     doc = document(a=entry(1), b=entry(2), c=entry(3, state="excluded", reason="named in exclude_nodes")) if leaves else DOC
     way = plan.loosened(as_table(old), doc, "a", joint)
     new = guard(doc, **after)
-    number = {"a": 1, "b": 2, "c": 3}
-
-    def address(kind, name):
-        texts_of = {("node", 4): "198.18.0.1%d", ("node", 6): "2001:db8::%d", ("pod", 4): "10.244.%d.9", ("pod", 6): "fd00:10:244:%d::9"}
-        return texts_of[kind, version] % number[name]
-
-    packet = sample(address(near, ends[0]), address(far, ends[1]), protocol="tcp", dport=port, sport=40000)
-    for hook in ("out", "in"):
-        dropped = verdict(way, hook, packet) is not None
-        assert dropped == (verdict(old, hook, packet) is not None and verdict(new, hook, packet) is not None)
+    for family in (("198.18.0.1%d", "10.244.%d.9"), ("2001:db8::%d", "fd00:10:244:%d::9")):
+        ends = [text % number for text in family for number in (1, 2, 3)]
+        for near, far, port, hook in itertools.product(ends, ends, (22, 2222, 80), ("out", "in")):
+            packet = sample(near, far, protocol="tcp", dport=port, sport=40000)
+            by_both = verdict(old, hook, packet) is not None and verdict(new, hook, packet) is not None
+            assert (verdict(way, hook, packet) is not None) == by_both, (hook, near, far, port)
 
 
 def test_loosening_what_is_as_loose_changes_nothing_and_again_neither():
