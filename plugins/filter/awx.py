@@ -57,7 +57,8 @@ def question(name, option):
             plain_text(option["description"]), str(default).lower() if isinstance(default, bool) else default),
         "type": kind,
         "required": False,
-        # None, but it must be there: AWX's editor of surveys breaks where it is missing (ansible/awx#13640). It is no choice, so it is not used.
+        # None, but it must be there: AWX's editor of surveys breaks where it is missing (ansible/awx#13640). It is no valid answer, so AWX
+        # does not use it.
         "default": "",
     }
     if choices:

@@ -283,9 +283,9 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         """The `_cluster.Way` to the API. What the file says counts before the environment, and the two are not mixed."""
         host = self.get_option("host")
         if {"host", "kubeconfig"} <= self._given:
-            raise MeshError("host, kubeconfig: both say where the API is, and the kubeconfig's credentials are not for another host; take one"
-                            " away")
-        if "host" in self._given or host and not self.get_option("kubeconfig"):
+            raise MeshError("host, kubeconfig: both say where the API is, and the kubeconfig's credentials are not for another host; take"
+                            " one away")
+        if "host" in self._given or (host and not self.get_option("kubeconfig")):
             if not self.get_option("api_key") and not (self.get_option("client_cert") and self.get_option("client_key")):
                 raise MeshError("host: %s is given without credentials; give api_key (K8S_AUTH_API_KEY), or client_cert and client_key,"
                                 " or kubeconfig" % host)
