@@ -194,12 +194,15 @@ class ActionModule(ActionBase):
             raise MeshError("pod_source (mesh_pod_source) is %s, and pod_cidrs_query (mesh_pod_cidrs_query) is given: only one of them can"
                             " say where pod CIDRs come from; take one away" % args["pod_source"])
 
+    @staticmethod
+    def _way(args):
+        return _cluster.find_way(args["kubeconfig"], args["context"], os.environ, os.path.expanduser("~"))
+
     def _pod_objects(self, args, task_vars, source, items):
         """``(Node objects, {kind: objects} of the pod source)``. Those of a list that is given or saved are in that list."""
         resources = _pods.RESOURCES[args["pod_source"]]
         if source == "kubernetes":
-            kubeconfig, found = _cluster.find_kubeconfig(args["kubeconfig"], os.environ, os.path.expanduser("~"))
-            return items, _cluster.api_items(kubeconfig, found, args["context"], resources)
+            return items, _cluster.api_items(self._way(args), resources)
         if source == "kubectl":
             return items, {resource.kind: self._kubectl_items(args, task_vars, resource) for resource in resources}
         return _cluster.split_kinds(items, resources)
@@ -269,8 +272,7 @@ class ActionModule(ActionBase):
                 raise MeshError("nodes_file: %s: %s, so it may lack objects that pod_source (mesh_pod_source) %s needs; save the whole list"
                                 % (args["nodes_file"], why_incomplete, args["pod_source"]))
         elif source == "kubernetes":
-            kubeconfig, found = _cluster.find_kubeconfig(args["kubeconfig"], os.environ, os.path.expanduser("~"))
-            items = _cluster.list_nodes(lookup_loader, self._loader, self._templar, task_vars, kubeconfig, found, args["context"])
+            items = _cluster.list_nodes(lookup_loader, self._loader, self._templar, task_vars, self._way(args))
             complete = True
         elif source == "kubectl":
             result, host = self._run_kubectl(args, task_vars, control_plane)

@@ -122,12 +122,10 @@ class ActionModule(ActionBase):
     # --- the two ways to the cluster
 
     def _by_api(self, args, wanted, dummy):
-        kubeconfig, found = _cluster.find_kubeconfig(args["kubeconfig"], os.environ, os.path.expanduser("~"))
-        details = _cluster.describe_kubeconfig(kubeconfig, args["context"]) if kubeconfig else None
-        # Without kubeconfig the client prefers the service account of the pod that it runs in, and that is AWX's own cluster.
-        auth = {option: value for option, value in (("kubeconfig", kubeconfig), ("context", args["context"])) if value}
-        client = _cluster.api_client(auth, found, details)
-        items = _cluster.list_pages(client, found, details, None, PAGE_SIZE, _published_keys.REQUEST_TIMEOUT)
+        way = _cluster.find_way(args["kubeconfig"], args["context"], os.environ, os.path.expanduser("~"))
+        details = _cluster.details_of(way)
+        client = _cluster.api_client(way, details)
+        items = _cluster.list_pages(client, way.found, details, None, PAGE_SIZE, _published_keys.REQUEST_TIMEOUT)
         patches = _published_keys.plan(args["state"], wanted, _published_keys.nodes_read(items), self._generations(args))
 
         def send(patch):
@@ -143,7 +141,7 @@ class ActionModule(ActionBase):
                 display.display("published_keys: %d of %d Nodes" % (tried, len(patches)))
 
         outcome = None if self._task.check_mode else _published_keys.apply_patches(patches, send, WORKERS, tell)
-        return patches, outcome, lambda exc: _cluster.api_error(exc, found, details, _cluster.PUBLISHING)
+        return patches, outcome, lambda exc: _cluster.api_error(exc, way.found, details, _cluster.PUBLISHING)
 
     def _by_kubectl(self, args, wanted, task_vars):
         host = str(self._task.delegate_to or task_vars.get("inventory_hostname"))

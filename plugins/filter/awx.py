@@ -57,6 +57,9 @@ def question(name, option):
             plain_text(option["description"]), str(default).lower() if isinstance(default, bool) else default),
         "type": kind,
         "required": False,
+        # None, but it must be there: AWX's editor of surveys breaks where it is missing (ansible/awx#13640). It is no valid answer, so AWX
+        # does not use it.
+        "default": "",
     }
     if choices:
         asked["choices"] = choices
@@ -105,6 +108,10 @@ def awx_faults(settings):
         found.append("mesh_awx_image: it is missing; give the image of an execution environment that has the collection kubemesh.wireguard")
     if given("kubernetes_token") != given("kubernetes_host"):
         found.append("mesh_awx_kubernetes_token, mesh_awx_kubernetes_host: one needs the other; give both or none")
+    # AWX turns verification off in jobs for a credential without a CA, whatever its verify_ssl says: the token would go to whoever answers.
+    if given("kubernetes_token") and not given("kubernetes_ca"):
+        found.append("mesh_awx_kubernetes_ca: it is missing, and AWX does not verify the API server without it; give the cluster's CA:"
+                     " kubectl -n kube-system get configmap kube-root-ca.crt -o jsonpath='{.data.ca\\.crt}'")
     if given("kubeconfig") and given("kubernetes_token"):
         found.append("mesh_awx_kubeconfig, mesh_awx_kubernetes_token: the cluster needs one of them; take the other away")
     if given("psk_secret") and len(str(settings["mesh_awx_psk_secret"])) < PSK_SECRET_LENGTH:

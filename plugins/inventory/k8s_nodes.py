@@ -29,6 +29,8 @@ requirements:
   - The Python library C(jmespath) on the controller, only for O(address_query)
 notes:
   - The user of the credentials needs a ClusterRole with the verb C(list) for C(nodes).
+  - Beside O(kubeconfig) in the file, nothing else of C(K8S_AUTH_*) in the environment counts, and beside C(K8S_AUTH_KUBECONFIG) nothing
+    that belongs to C(K8S_AUTH_HOST), but for proxies. Beside O(host) in the file, no kubeconfig counts.
   - Without O(kubeconfig) and O(host) it looks where C(kubectl) does, E(KUBECONFIG) and C(~/.kube/config), and then for the service account
     of the pod that it runs in.
   - With O(cache) a node that has joined is not seen before the cache ends. Leave it off for runs that Event-Driven Ansible starts.
@@ -190,9 +192,10 @@ except ImportError:
 
 MeshError = _mesh.MeshError
 
-# Options that kubernetes.core has under the same name
-AUTH_OPTIONS = ("context", "host", "api_key", "ca_cert", "client_cert", "client_key", "validate_certs")
 FILE_OPTIONS = ("ca_cert", "client_cert", "client_key")
+# Options that kubernetes.core has under the same name, and the variables of the environment for them
+ENVIRONMENT = {"host": "K8S_AUTH_HOST", "api_key": "K8S_AUTH_API_KEY", "ca_cert": "K8S_AUTH_SSL_CA_CERT",
+               "client_cert": "K8S_AUTH_CERT_FILE", "client_key": "K8S_AUTH_KEY_FILE", "validate_certs": "K8S_AUTH_VERIFY_SSL"}
 
 
 @contextlib.contextmanager
@@ -223,7 +226,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
 
     def parse(self, inventory, loader, path, cache=True):
         super().parse(inventory, loader, path, cache)
-        self._read_config_data(path)
+        config = self._read_config_data(path)
+        self._given = {option for option, value in config.items() if value not in (None, "")}
         try:
             self._populate(self._nodes(path, cache))
         except MeshError as exc:
@@ -255,38 +259,43 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         for option in ("page_size", "timeout"):
             if self.get_option(option) < 1:
                 raise MeshError("%s: %d is not possible; give a number from 1" % (option, self.get_option(option)))
+        way = self._find_way()
+        auth = {option: self._auth_option(option, way) for option in ENVIRONMENT}
         for option in FILE_OPTIONS:
-            path = self.get_option(option)
+            path = auth[option]
             if path and not os.access(path, os.R_OK):
                 raise MeshError("%s: %s cannot be read on the controller; correct the path" % (option, path))
-        kubeconfig, found = self._find_api()
-        details = _cluster.describe_kubeconfig(kubeconfig, self.get_option("context")) if kubeconfig else None
-        auth = {option: self.get_option(option) for option in AUTH_OPTIONS if self.get_option(option) is not None}
-        if kubeconfig:
-            # Without it kubernetes.core prefers the service account of the pod that it runs in, and that is AWX's own cluster.
-            auth["kubeconfig"] = kubeconfig
+        details = _cluster.details_of(way)
         with socket_timeout(self.get_option("timeout")):
-            client = _cluster.api_client(auth, found, details)
-            items = _cluster.list_pages(client, found, details, self.get_option("label_selector"), self.get_option("page_size"),
+            client = _cluster.api_client(way, details, **{option: value for option, value in auth.items() if value is not None})
+            items = _cluster.list_pages(client, way.found, details, self.get_option("label_selector"), self.get_option("page_size"),
                                         self.get_option("timeout"))
         if not items:
             self.display.warning("%s: %s has no node%s" % (
-                self.NAME, found or "the cluster", " that label_selector fits" if self.get_option("label_selector") else ""))
+                self.NAME, way.found or "the cluster", " that label_selector fits" if self.get_option("label_selector") else ""))
         return [_node_hosts.trimmed(item) for item in items if isinstance(item, dict)]
 
-    def _find_api(self):
-        """``(kubeconfig or None, where the API was found)``."""
+    def _auth_option(self, option, way):
+        """An option for kubernetes.core, or None where only a variable of the environment has it that does not count."""
+        return None if option not in self._given and ENVIRONMENT[option] in way.unused else self.get_option(option)
+
+    def _find_way(self):
+        """The `_cluster.Way` to the API. What the file says counts before the environment, and the two are not mixed."""
         host = self.get_option("host")
-        if host and not self.get_option("kubeconfig"):
+        if {"host", "kubeconfig"} <= self._given:
+            raise MeshError("host, kubeconfig: both say where the API is, and the kubeconfig's credentials are not for another host; take"
+                            " one away")
+        if "host" in self._given or (host and not self.get_option("kubeconfig")):
             if not self.get_option("api_key") and not (self.get_option("client_cert") and self.get_option("client_key")):
                 raise MeshError("host: %s is given without credentials; give api_key (K8S_AUTH_API_KEY), or client_cert and client_key,"
                                 " or kubeconfig" % host)
-            return None, "API server %s" % host
-        kubeconfig, found = _cluster.find_kubeconfig(self.get_option("kubeconfig"), os.environ, os.path.expanduser("~"))
-        if not kubeconfig and not os.environ.get("KUBERNETES_SERVICE_HOST"):
+            return _cluster.Way(None, "API server %s" % host, None, frozenset({"K8S_AUTH_KUBECONFIG", "K8S_AUTH_CONTEXT"}))
+        way = _cluster.find_way(self.get_option("kubeconfig") if "kubeconfig" in self._given else None,
+                                self.get_option("context") if "context" in self._given else None, os.environ, os.path.expanduser("~"))
+        if not way.kubeconfig and not os.environ.get("KUBERNETES_SERVICE_HOST"):
             raise MeshError("there is no way to the Kubernetes API: no kubeconfig (KUBECONFIG, ~/.kube/config) and no service account;"
                             " give kubeconfig, or host and api_key")
-        return kubeconfig, found
+        return way
 
     # --- hosts
 

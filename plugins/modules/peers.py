@@ -46,7 +46,7 @@ options:
     description:
       - Where the node list comes from.
       - V(kubernetes) asks the API from the controller, through the collection kubernetes.core. Credentials of the environment
-        (C(K8S_AUTH_*), as AWX sets them) count as well as O(kubeconfig).
+        (C(K8S_AUTH_*), as AWX sets them) count where O(kubeconfig) is not given.
       - V(kubectl) runs O(kubectl_command) on the host that the task is for, so delegate the task to a control plane host.
       - V(file) reads O(nodes_file).
       - V(inventory) takes the hosts that have the variables C(mesh_pod_cidrs) or C(mesh_node_addresses).
@@ -75,10 +75,11 @@ options:
   kubeconfig:
     description:
       - Kubeconfig on the controller. By default C(K8S_AUTH_KUBECONFIG), C(KUBECONFIG) or C(~/.kube/config), whichever is there.
+      - Beside it nothing of C(K8S_AUTH_*) in the environment counts, but for proxies.
     type: path
   context:
     description:
-      - Context in the kubeconfig, by default the current one.
+      - Context in the kubeconfig. By default C(K8S_AUTH_CONTEXT), where O(kubeconfig) is not given, or the current one.
     type: str
   kubectl_host:
     description:

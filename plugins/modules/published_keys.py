@@ -65,7 +65,7 @@ options:
     description:
       - How the cluster is reached.
       - V(kubernetes) asks the API from the controller, through the collection kubernetes.core. Credentials of the environment
-        (C(K8S_AUTH_*), as AWX sets them) count as well as O(kubeconfig).
+        (C(K8S_AUTH_*), as AWX sets them) count where O(kubeconfig) is not given.
       - V(kubectl) runs O(kubectl_command) on the host that the task is for, so delegate the task to a control plane host.
     type: str
     choices: [kubernetes, kubectl]
@@ -73,10 +73,11 @@ options:
   kubeconfig:
     description:
       - Kubeconfig on the controller. By default C(K8S_AUTH_KUBECONFIG), C(KUBECONFIG) or C(~/.kube/config), whichever is there.
+      - Beside it nothing of C(K8S_AUTH_*) in the environment counts, but for proxies.
     type: path
   context:
     description:
-      - Context in the kubeconfig, by default the current one.
+      - Context in the kubeconfig. By default C(K8S_AUTH_CONTEXT), where O(kubeconfig) is not given, or the current one.
     type: str
   kubectl_command:
     description:

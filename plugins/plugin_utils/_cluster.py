@@ -13,6 +13,7 @@ neither needs a connection nor passes through a module's output. Without ``limit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -27,6 +28,8 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._pods import NO
 
 LOOKUP = "kubernetes.core.k8s"
 PAGE_SIZE = 500  # objects; what Kubernetes' own clients take (client-go, tools/pager)
+# What these say of a network is true for any cluster; all else of K8S_AUTH_* belongs to one.
+OF_THE_NETWORK = "K8S_AUTH_PROXY", "K8S_AUTH_NO_PROXY"
 PAGE_TIMEOUT = 60  # seconds for one page; the API server gives up a request after as many (--request-timeout)
 
 
@@ -61,16 +64,48 @@ PUBLISHING = Request(
     " roles/mesh/files/controller-rbac.yml has it and the entry point rbac of the role applies it")
 
 
+class Way(NamedTuple):
+    """The way to the API server."""
+
+    kubeconfig: str | None
+    found: str  # where it was found, for messages; empty: nowhere
+    context: str | None
+    unused: frozenset  # variables of the environment that lead, or belong, to another cluster
+
+
 def _existing(paths):
     return [path for path in paths.split(os.pathsep) if path and os.path.exists(os.path.expanduser(path))]
 
 
-def find_kubeconfig(option, environ, home):
-    """``(kubeconfig or None, where it was found)``.
+def find_way(option, context, environ, home):
+    """The `Way` to the API server.
 
     In this order: the option, ``K8S_AUTH_KUBECONFIG``, ``K8S_AUTH_HOST`` (AWX sets it; there is no file then), ``KUBECONFIG``,
     ``~/.kube/config``. Raises `MeshError` when the option names a file that does not exist.
+
+    kubernetes.core fills in from the environment what it is not told, and with an address and credentials together does not even read the
+    kubeconfig. So beside a kubeconfig that was asked for nothing of ``K8S_AUTH_*`` counts, and beside one of the environment nothing
+    that belongs to ``K8S_AUTH_HOST``.
     """
+    kubeconfig, found = _find_kubeconfig(option, environ, home)
+    unused = {name for name in environ if name.startswith("K8S_AUTH_") and not name.startswith(OF_THE_NETWORK)}
+    if not option:
+        unused = unused - {"K8S_AUTH_KUBECONFIG", "K8S_AUTH_CONTEXT"} if kubeconfig and environ.get("K8S_AUTH_HOST") else set()
+    return Way(kubeconfig, found, context or (None if option else environ.get("K8S_AUTH_CONTEXT")) or None, frozenset(unused))
+
+
+@contextlib.contextmanager
+def environment_without(names):
+    """Nothing of these variables while the client of kubernetes.core is made: empty ones would count as well."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _find_kubeconfig(option, environ, home):
+    """``(kubeconfig or None, where it was found)``."""
     if option:
         if not _existing(option):
             raise MeshError("kubeconfig: %s does not exist on the controller; correct the path" % option)
@@ -101,7 +136,7 @@ def choose_source(args, environ, home, control_plane, inventory_has_nodes):
         return args["source"], "asked for"
     if args["nodes_file"]:
         return "file", "nodes_file was given"
-    dummy, found = find_kubeconfig(args["kubeconfig"], environ, home)
+    dummy, found = _find_kubeconfig(args["kubeconfig"], environ, home)
     if found:
         return "kubernetes", "the controller has %s" % found
     if control_plane:
@@ -176,9 +211,20 @@ def api_error(exc, found, details, request=LISTING):
     return MeshError("%s with %s failed: %s" % (request.doing, who, shown(text, 500) if text else type(exc).__name__))
 
 
-def list_nodes(lookup_loader, loader, templar, variables, kubeconfig, found, context):
+def details_of(way):
+    """What `describe_kubeconfig` tells of a `Way`, or None where it has no kubeconfig."""
+    return describe_kubeconfig(way.kubeconfig, way.context) if way.kubeconfig else None
+
+
+def options_of(way):
+    """The options of kubernetes.core for a `Way`."""
+    # Without kubeconfig it prefers the service account of the pod that it runs in, and that is AWX's own cluster.
+    return {name: value for name, value in (("kubeconfig", way.kubeconfig), ("context", way.context)) if value}
+
+
+def list_nodes(lookup_loader, loader, templar, variables, way):
     """All Node objects from the API, through the lookup plugin of kubernetes.core. Raises `MeshError`."""
-    details = describe_kubeconfig(kubeconfig, context) if kubeconfig else None
+    details = details_of(way)
     try:
         plugin = lookup_loader.get(LOOKUP, loader=loader, templar=templar)
     except (AnsibleError, ImportError) as exc:
@@ -188,22 +234,18 @@ def list_nodes(lookup_loader, loader, templar, variables, kubeconfig, found, con
     if plugin is None:
         raise MeshError("source kubernetes needs the collection kubernetes.core on the controller%s; install it (ansible-galaxy collection"
                         " install kubernetes.core) and the Python library kubernetes, or use another source" % reason)
-    options = {"api_version": "v1", "kind": "Node"}
-    # Without kubeconfig the plugin prefers the service account of the pod that it runs in, and that is AWX's own cluster.
-    if kubeconfig:
-        options["kubeconfig"] = kubeconfig
-    if context:
-        options["context"] = context
+    options = dict(options_of(way), api_version="v1", kind="Node")
     try:
-        return plugin.run([], variables=variables, **options) or []
+        with environment_without(way.unused):
+            return plugin.run([], variables=variables, **options) or []
     except Exception as exc:  # noqa: BLE001  the client raises its own, urllib3's, ssl's and plain Exception
-        raise api_error(exc, found, details) from None
+        raise api_error(exc, way.found, details) from None
 
 
-def api_client(auth, found, details):
+def api_client(way, details, **more):
     """The client of kubernetes.core: an object whose ``request`` asks the API. Raises `MeshError`.
 
-    ``auth``: options of kubernetes.core by name, those that are not given left out.
+    ``more``: further options of kubernetes.core, those that are not given left out.
     """
     try:
         # The collection and its library are there only where the API is asked.
@@ -214,17 +256,17 @@ def api_client(auth, found, details):
                         " install them: ansible-galaxy collection install kubernetes.core; pip install kubernetes"
                         % (sys.executable, exc)) from None
     try:
-        return get_api_client(**auth).client
+        with environment_without(way.unused):
+            return get_api_client(**options_of(way), **more).client
     except Exception as exc:  # noqa: BLE001  the client raises its own, urllib3's, ssl's and plain Exception
-        raise api_error(exc, found, details) from None
+        raise api_error(exc, way.found, details) from None
 
 
-def api_items(kubeconfig, found, context, resources):
+def api_items(way, resources):
     """``{kind: [objects]}`` of several resources from the API. Raises `MeshError`."""
-    details = describe_kubeconfig(kubeconfig, context) if kubeconfig else None
-    auth = {name: value for name, value in (("kubeconfig", kubeconfig), ("context", context)) if value}
-    client = api_client(auth, found, details)
-    return {resource.kind: list_pages(client, found, details, None, PAGE_SIZE, PAGE_TIMEOUT, resource) for resource in resources}
+    details = details_of(way)
+    client = api_client(way, details)
+    return {resource.kind: list_pages(client, way.found, details, None, PAGE_SIZE, PAGE_TIMEOUT, resource) for resource in resources}
 
 
 def list_items(listing, resource):

@@ -25,6 +25,7 @@ from fake_awx import TOKEN, FakeAWX, Server
 PLAYBOOKS = ("enable", "reconcile", "rotate_keys", "disable", "status")
 PSK = "preshared-secret-of-the-test-0123456789"
 KUBECONFIG = "apiVersion: v1 # kubeconfig-of-the-test"
+CA = "-----BEGIN CERTIFICATE-----\nof-the-test\n-----END CERTIFICATE-----\n"
 NOTIFIED = {"mesh_awx_notification_type": "slack", "mesh_awx_notification_configuration": {"channels": ["#mesh"], "token": "slack-token-x"}}
 ALL = dict(NOTIFIED, mesh_awx_organization="Default", mesh_awx_image="registry.example/kubemesh-ee:1.0.0", mesh_awx_kubeconfig=KUBECONFIG,
            mesh_awx_psk_secret=PSK, mesh_awx_credentials=["ssh"], mesh_awx_inventory_variables={"ansible_user": "root"},
@@ -149,11 +150,13 @@ def test_the_least_and_a_token_and_an_inventory_that_is_there(awx, tmp_path):
     template["job_slice_count"] = 3
 
     settings = dict(LEAST, mesh_awx_kubernetes_host="https://api.example:6443", mesh_awx_kubernetes_token="service-account-token-x",
-                    mesh_awx_inventory="ours")
+                    mesh_awx_kubernetes_ca=CA, mesh_awx_inventory="ours")
     changed, text = setup(awx, tmp_path, settings, "-vvv")
     assert "service-account-token-x" not in text and changed > 0
     assert template["job_slice_count"] == 1 and template["inventory"] == awx.find("inventories", name="ours")["id"]
     assert [item["name"] for item in awx.associated(template, "credentials")] == ["kubemesh API token"]
+    inputs = awx.find("credentials", name="kubemesh API token")["inputs"]
+    assert inputs["verify_ssl"] is True and inputs["ssl_ca_cert"].strip() == CA.strip()
     assert awx.names()["inventories"] == ["ours"] and "inventory_sources" not in awx.names()
     assert setup(awx, tmp_path, settings)[0] == 0
 

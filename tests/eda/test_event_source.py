@@ -593,18 +593,56 @@ times = st.integers(0, 1000)  # whole seconds: their sums are exact
 class TestSchedule:
     @given(times, times, times, st.lists(times, min_size=1, max_size=20))
     def test_changes(self, settle, more, interval, moments):
-        schedule = source.Schedule(settle, settle + more, interval, 1e9)
+        schedule = source.Schedule(settle, settle + more, interval, 10 ** 9)
         schedule.reach(0)
         assert schedule.due() == (0, "resync")
-        schedule.done("resync", 0)
+        schedule.done(0)
         moments = sorted(moments)
         for moment in moments:
             schedule.change(moment)
         due, kind = schedule.due()
         assert kind == "changed"
         assert due == max(min(moments[-1] + settle, moments[0] + settle + more), interval)
-        schedule.done("changed", due)
-        assert schedule.due() == (1e9, "resync")
+        schedule.done(due)
+        assert schedule.due() == (due + 10 ** 9, "resync")
+
+    @given(times, times, st.integers(100, 1000), st.lists(times, max_size=20))
+    def test_reports_are_apart(self, settle, interval, resync, pauses):
+        """Whatever happens, of whatever kind they are; a resync only after that long without any."""
+        schedule = source.Schedule(settle, settle, interval, resync)
+        schedule.reach(0)
+        now, reports = 0, []
+        for pause in pauses:
+            now += pause
+            while schedule.due()[0] <= now:
+                moment, kind = schedule.due()
+                if reports:
+                    assert moment >= reports[-1] + interval
+                    assert kind == "changed" or moment >= reports[-1] + resync
+                schedule.done(moment)
+                reports.append(moment)
+            schedule.change(now)
+
+    def test_a_change_just_before_a_resync(self):
+        schedule = source.Schedule(0.1, 1, 30, 300)
+        schedule.reach(0)
+        schedule.done(0)
+        schedule.change(299)
+        assert schedule.due() == (299.1, "changed")
+        schedule.done(299.1)
+        assert schedule.due() == (599.1, "resync")
+
+    def test_a_resync_is_no_sooner_than_the_interval(self):
+        schedule = source.Schedule(0.1, 1, 30, 10)
+        schedule.reach(0)
+        schedule.done(0)
+        assert schedule.due() == (30, "resync")
+
+    def test_the_defaults_do_not_pile_up(self):
+        """A run at 3 nodes was measured at 20 seconds."""
+        defaults = source.settings_of({}, {})
+        assert defaults["min_interval"] > 20
+        assert defaults["resync"] > defaults["min_interval"]
 
     def test_no_resync_without_api(self):
         schedule = source.Schedule(0.1, 1, 5, 300)
@@ -612,7 +650,7 @@ class TestSchedule:
         schedule.change(1)
         assert schedule.due() is None
         schedule.reach(2)
-        schedule.done("resync", 2)
+        schedule.done(2)
         schedule.lose()
         assert schedule.due() is None
         schedule.reach(1000)

@@ -46,7 +46,7 @@ def api(tmp_path):
 
 @pytest.fixture
 def rulebook(api, tmp_path):
-    """-> function(rulebook, *options) that starts ansible-rulebook with an inventory whose hosts nobody can reach."""
+    """-> function(rulebook, *options, **variables) that starts ansible-rulebook with an inventory whose hosts nobody can reach."""
     inventory = tmp_path / "inventory"
     inventory.mkdir()
     # Port 1 of this machine: refused at once. No host is ever changed by this test.
@@ -60,8 +60,10 @@ def rulebook(api, tmp_path):
                PATH="%s%s%s" % (os.path.dirname(sys.executable), os.pathsep, os.environ["PATH"]))
     started = []
 
-    def start(name, *options):
-        started.append(Rulebook([program(), "-r", name, "-i", inventory, *options], env, tmp_path))
+    def start(name, *options, **variables):
+        (tmp_path / "variables.yml").write_text(json.dumps(dict({"kubemesh_min_interval": 1}, **variables)))
+        started.append(Rulebook(
+            [program(), "-r", name, "-i", inventory, "--vars", tmp_path / "variables.yml", *options], env, tmp_path))
         return started[-1]
 
     yield start
@@ -89,10 +91,9 @@ def test_a_node_that_joins_is_in_the_next_run(api, rulebook):
     run_with(run, "w1", "w2")
 
 
-def test_resync(api, rulebook, tmp_path):
+def test_resync(api, rulebook):
     """Runs that failed are made up for, although nothing changes any more."""
-    (tmp_path / "variables.yml").write_text("kubemesh_resync: 1\n")
-    run = rulebook("kubemesh.wireguard.reconcile", "--vars", tmp_path / "variables.yml")
+    run = rulebook("kubemesh.wireguard.reconcile", kubemesh_resync=1)
     for dummy in range(3):
         run.until("PLAY RECAP")
 

@@ -25,8 +25,8 @@ description:
     accept as such. Nothing else of what a cluster says is in it, as strings of an event can end up in templates on the control node.
   - An event is a reason to look, not a list of what to do. Let the playbook read the node list itself, as
     C(kubemesh.wireguard.reconcile) does.
-  - An event of type V(resync) comes once after the start and then every O(resync) seconds while the API can be reached. It makes up for
-    runs that failed, as ansible-rulebook does not repeat them.
+  - An event of type V(resync) comes once after the start and then when there was no event for O(resync) seconds, while the API can be
+    reached. It makes up for runs that failed, as ansible-rulebook does not repeat them.
   - It goes on forever. Where the API cannot be reached or refuses, it says so in the log, with what helps, and tries again, at first after
     half a second and at last every 30 seconds. Credentials are read again each time that it connects.
   - Options that are not given are taken from C(K8S_AUTH_KUBECONFIG), C(K8S_AUTH_CONTEXT), C(K8S_AUTH_HOST), C(K8S_AUTH_API_KEY),
@@ -79,12 +79,15 @@ options:
     default: 1.0
   min_interval:
     description:
-      - Seconds from one event to the next of type V(changed) at least. Changes in between are in that one.
-      - A value of about the duration of a run keeps runs from queueing up while many nodes come and go.
+      - Seconds from one event to the next, of whatever type, at least. A change after a time without events is reported at once; those that
+        follow it within this time are reported together at its end.
+      - Give more than a run takes. ansible-rulebook keeps each event until its run begins, so runs that take longer than this pile up for
+        as long as nodes come and go.
     type: float
-    default: 5.0
+    default: 30.0
   resync:
-    description: Seconds between events of type V(resync).
+    description:
+      - Seconds without any event after which there is one of type V(resync). Give more than a run takes, and more than O(min_interval).
     type: float
     default: 300.0
   timeout:
@@ -189,7 +192,7 @@ ENVIRONMENT = {"kubeconfig": "K8S_AUTH_KUBECONFIG", "context": "K8S_AUTH_CONTEXT
                "ca_cert": "K8S_AUTH_SSL_CA_CERT", "client_cert": "K8S_AUTH_CERT_FILE", "client_key": "K8S_AUTH_KEY_FILE",
                "validate_certs": "K8S_AUTH_VERIFY_SSL"}
 # name: (default, least, most); seconds but for page_size
-NUMBERS = {"settle": (0.1, 0.0, 60.0), "settle_max": (1.0, 0.0, 600.0), "min_interval": (5.0, 0.0, 86400.0),
+NUMBERS = {"settle": (0.1, 0.0, 60.0), "settle_max": (1.0, 0.0, 600.0), "min_interval": (30.0, 0.0, 86400.0),
            "resync": (300.0, 1.0, 604800.0), "timeout": (30.0, 0.1, 3600.0), "watch_timeout": (300.0, 1.0, 3600.0),
            "page_size": (500, 1, 100000)}
 TEXTS = ("kubeconfig", "context", "host", "api_key", "api_key_file", "ca_cert", "client_cert", "client_key")
@@ -529,8 +532,9 @@ class View:
 class Schedule:
     """When to report. All times are seconds of one monotonic clock.
 
-    Changes: ``settle`` after the last one, ``settle_max`` after the first one at the latest, and ``min_interval`` after the report before
-    that. A resync: every ``resync``, at once after the start; only while the API can be reached, as the playbook needs it as well.
+    Changes: ``settle`` after the last one, ``settle_max`` after the first one at the latest. A resync: at once after the start, and
+    ``resync`` after any report, as each makes the playbook look at everything; only while the API can be reached, as the playbook needs
+    it as well. Whatever it is, not before ``min_interval`` after the report before: reports that come faster than runs end pile up.
     """
 
     def __init__(self, settle, settle_max, min_interval, resync):
@@ -561,15 +565,17 @@ class Schedule:
             found.append((self.next_resync, "resync"))
         if self.first is not None and self.next_resync is not None:
             settled = min(self.last + self.settle, self.first + self.settle_max)
-            found.append((settled if self.reported is None else max(settled, self.reported + self.min_interval), "changed"))
-        return min(found) if found else None
+            found.append((settled, "changed"))
+        if not found:
+            return None
+        moment, kind = min(found)
+        return (moment if self.reported is None else max(moment, self.reported + self.min_interval)), kind
 
-    def done(self, kind, now):
-        """A report of that kind was made. A resync has all changes in it."""
+    def done(self, now):
+        """A report was made. Whatever its kind, it has all changes in it."""
         self.first = self.last = None
         self.reported = now
-        if kind == "resync":
-            self.next_resync = now + self.resync
+        self.next_resync = now + self.resync
 
 
 def backoff(failures, chance):
@@ -825,7 +831,7 @@ class Source:
             if event is None:
                 self.schedule.first = self.schedule.last = None
                 continue
-            self.schedule.done(kind, self.clock())
+            self.schedule.done(self.clock())
             await self.queue.put(event)
 
     async def follow(self):

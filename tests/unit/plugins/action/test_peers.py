@@ -521,6 +521,16 @@ class TestKubernetes:
         monkeypatch.setattr(peers.lookup_loader, "get", lambda name, **kwargs: plugin if name == "kubernetes.core.k8s" else None)
         return plugin
 
+    def test_environment(self, run, kubeconfig, lookup, monkeypatch):
+        """Of the environment, kubernetes.core sees nothing beside the kubeconfig of an option but proxies."""
+        for name in ("K8S_AUTH_HOST", "K8S_AUTH_API_KEY", "K8S_AUTH_CONTEXT", "K8S_AUTH_PROXY"):
+            monkeypatch.setenv(name, "x")
+        seen = []
+        lookup.run.side_effect = lambda *args, **kwargs: seen.extend(name for name in os.environ if name.startswith("K8S_AUTH_"))
+        run({"kubeconfig": kubeconfig})
+        assert seen == ["K8S_AUTH_PROXY"]
+        assert os.environ["K8S_AUTH_HOST"] == "x"
+
     def test_list(self, run, kubeconfig, lookup):
         result = run({"kubeconfig": kubeconfig, "context": "lab"})
         assert (result["source"], result["complete"], result["counts"]["pending"]) == ("kubernetes", True, 4)
@@ -711,6 +721,15 @@ class TestPodSourcesOfTheApi:
         if source == "pods":
             asked = [request for request in api.requests if request["resource"] == "pods"]
             assert len(asked) == 3 and all(request["query"]["limit"] == "2" for request in asked), "five pods: the server left out two"
+
+    def test_the_environment_leads_nowhere_else(self, run, api, tmp_path, monkeypatch):
+        """Beside a kubeconfig, the credential that AWX has set for another cluster does not count; afterwards it is there again."""
+        other = {"K8S_AUTH_HOST": "http://127.0.0.1:1", "K8S_AUTH_API_KEY": "of-the-other"}
+        for name, value in other.items():
+            monkeypatch.setenv(name, value)
+        assert not run(self.args(tmp_path, "pods")).get("failed")
+        assert all(request["token"] == self.TOKEN for request in api.requests) and api.requests
+        assert {name: os.environ.get(name) for name in other} == other
 
     @pytest.mark.parametrize(("source", "plural", "group"), [
         ("pods", "pods", ""), ("calico_ipam", "blockaffinities", "crd.projectcalico.org"),

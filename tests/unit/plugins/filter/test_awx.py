@@ -54,7 +54,8 @@ def test_a_survey_asks_for_what_the_entry_point_takes(entry):
     for item in found["spec"]:
         option = options[item["variable"]]
         # An answer counts more than the inventory, and AWX leaves out required answers with a default when it is called by its API.
-        assert item["required"] is False and "default" not in item
+        # An empty one counts as none, and AWX's editor of surveys needs it.
+        assert item["required"] is False and item["default"] == ""
         assert not re.search(r"\b[A-Z]\(", item["question_description"]) and "None" not in item["question_description"]
         if option["type"] == "bool":
             assert (item["type"], item["choices"]) == ("multiplechoice", ["true", "false"])
@@ -93,10 +94,11 @@ GOOD = {"mesh_awx_image": "registry.example/ee", "mesh_awx_reconcile_rrule": "DT
 
 @pytest.mark.parametrize("settings,word", [
     ({"mesh_awx_image": ""}, "mesh_awx_image"),
-    ({"mesh_awx_kubernetes_token": "secret-x"}, "mesh_awx_kubernetes_host"),
+    ({"mesh_awx_kubernetes_token": "secret-x", "mesh_awx_kubernetes_ca": "PEM"}, "mesh_awx_kubernetes_host"),
+    ({"mesh_awx_kubernetes_host": "https://api", "mesh_awx_kubernetes_token": "secret-x"}, "mesh_awx_kubernetes_ca"),
     ({"mesh_awx_kubernetes_host": "https://api"}, "mesh_awx_kubernetes_token"),
-    ({"mesh_awx_kubernetes_host": "https://api", "mesh_awx_kubernetes_token": "secret-x", "mesh_awx_kubeconfig": "secret-x"},
-     "take the other"),
+    ({"mesh_awx_kubernetes_host": "https://api", "mesh_awx_kubernetes_token": "secret-x", "mesh_awx_kubernetes_ca": "PEM",
+      "mesh_awx_kubeconfig": "secret-x"}, "take the other"),
     ({"mesh_awx_psk_secret": "secret-x"}, "32 characters"),
     ({"mesh_awx_psk_secret": "secret-x" * 4, "mesh_awx_inventory": "ours"}, "mesh_awx_inventory"),
     ({"mesh_awx_notification_type": "slack"}, "mesh_awx_notification_configuration"),

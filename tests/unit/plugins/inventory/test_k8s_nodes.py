@@ -193,6 +193,29 @@ class TestInventory:
         groups, dummy = inventory(config)
         assert [name for name in groups if name.startswith("x_") and "{" not in name and "evil" in groups[name]]
 
+    # What AWX's own credential for tokens sets, for another cluster
+    OTHER_CLUSTER = {"K8S_AUTH_HOST": "http://127.0.0.1:1", "K8S_AUTH_API_KEY": "of-the-other", "K8S_AUTH_VERIFY_SSL": "False",
+                     "K8S_AUTH_SSL_CA_CERT": "/nonexistent", "K8S_AUTH_CONTEXT": "of-the-other"}
+
+    def test_a_kubeconfig_is_not_led_elsewhere(self, inventory, api, tmp_path):
+        """Neither one of the file nor one of the environment; what AWX sets for another cluster stays out."""
+        assert "cp-1" in inventory(**self.OTHER_CLUSTER)[1]
+        more = dict(self.OTHER_CLUSTER, K8S_AUTH_KUBECONFIG=str(tmp_path / "kubeconfig"), K8S_AUTH_CONTEXT="test")
+        assert "cp-1" in inventory({"kubeconfig": None}, **more)[1]
+        assert api.asked(verb="list", resource="nodes", token=TOKEN, code=200) == 2
+
+    def test_a_host_is_not_given_what_a_kubeconfig_has(self, ansible, inventory, api):
+        given = {"kubeconfig": None, "host": api.url}
+        assert "cp-1" in inventory(given, K8S_AUTH_API_KEY=TOKEN, K8S_AUTH_KUBECONFIG="/nonexistent", K8S_AUTH_CONTEXT="x")[1]
+        rc, dummy, errors = ansible({"host": api.url})
+        assert (rc, "host, kubeconfig: both say where the API is" in errors) == (1, True)
+
+    def test_context_of_the_environment(self, ansible, inventory, tmp_path):
+        kubeconfig = {"K8S_AUTH_KUBECONFIG": str(tmp_path / "kubeconfig")}
+        assert "cp-1" in inventory({"kubeconfig": None}, K8S_AUTH_CONTEXT="test", **kubeconfig)[1]
+        rc, dummy, errors = ansible({"kubeconfig": None}, K8S_AUTH_CONTEXT="other", **kubeconfig)
+        assert (rc, "context 'other' is not in kubeconfig" in errors) == (1, True)
+
     @pytest.mark.parametrize("config,said", [
         ({"kubeconfig": "/nonexistent"}, "kubeconfig: /nonexistent does not exist on the controller; correct the path"),
         ({"kubeconfig": None}, "there is no way to the Kubernetes API"),
