@@ -43,6 +43,19 @@ USER_AGENT = "kubemesh-wireguard-agent"
 LOST = (OSError, http.client.HTTPException)
 
 
+def server_parts(server):
+    """The parts of the address of an API server; `MeshError` for what is none."""
+    try:
+        parts = urllib.parse.urlsplit(server)
+        # raises for a port that is none
+        usable = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.path.strip("/") or parts.username or "?" in server or "#" in server:
+        raise MeshError("server: %s is not the address of an API server such as https://192.0.2.1:6443" % shown(server))
+    return parts
+
+
 class KubeClient:
     """One API server. ``server``: its URL; ``ca_file``: path of the CA, None for the system's; ``token_file``: path of the bearer token.
 
@@ -50,7 +63,7 @@ class KubeClient:
     """
 
     def __init__(self, server, ca_file=None, token_file=None):
-        parts = decide.server_parts(server)
+        parts = server_parts(server)
         if parts.scheme == "http" and token_file:
             raise MeshError("server: %s has no TLS, and a token is never sent in clear; use https" % shown(server))
         self.server, self.parts, self.ca_file, self.token_file = server, parts, ca_file, token_file

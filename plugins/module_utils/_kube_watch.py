@@ -17,7 +17,6 @@ read again. What follows from a new list is the difference to what was known.
 from __future__ import annotations
 
 import json
-import urllib.parse
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
 
@@ -59,19 +58,6 @@ class Gone(ApiError):
 
     def __init__(self, message):
         super().__init__(message, 410)
-
-
-def server_parts(server):
-    """The parts of the address of an API server; `MeshError` for what is none."""
-    try:
-        parts = urllib.parse.urlsplit(server)
-        # raises for a port that is none
-        usable = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or parts.path.strip("/") or parts.username or "?" in server or "#" in server:
-        raise MeshError("server: %s is not the address of an API server such as https://192.0.2.1:6443" % shown(server))
-    return parts
 
 
 def backoff(failures, jitter):

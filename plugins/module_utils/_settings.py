@@ -19,7 +19,7 @@ import math
 import re
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._confirm import check_timeout
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_watch import server_parts
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_api import server_parts
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import check_settings, exempt_fault
 
