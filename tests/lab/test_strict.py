@@ -92,7 +92,8 @@ def test_a_node_leaves_and_comes_back_without_loss(lab):
         after = infos(lab)
         # as the guide on nodes says; it comes back as one that was never here
         playbook(lab, "disable", "--limit", "node-3", "-e", "mesh_publish_keys=false", "-e", '{"mesh_forget_nodes": ["node-1", "node-2"]}')
-        left = text_of(lab, "node-3", "find /etc/wireguard /etc/kubemesh /run/kubemesh -type f 2>/dev/null; ip -br link | grep wgmesh || true")
+        left = text_of(lab, "node-3",
+                       "find /etc/wireguard /etc/kubemesh /run/kubemesh -type f 2>/dev/null; ip -br link | grep wgmesh || true")
         playbook(lab, "reconcile", "-e", "mesh_nodes_source=inventory")
     assert left.strip() == "", left
     assert [after[node]["guard"]["in_force"] for node in lab.nodes] == [True, True, False]

@@ -126,6 +126,9 @@ def test_an_agent_that_was_killed_while_a_run_held_the_lock_knows_what_the_kerne
 
 def test_after_a_reboot_the_kernel_holds_what_the_last_run_left(agent, monkeypatch):
     """The pod CIDR of w2 is w3's now: a route to it is one to w2 as long as the kernel was not brought further."""
+    agent.on_listed(listing(1, 2))
+    agent.now += 1
+    agent.tick()
     nodes = [node(1), node(2), node(3)]
     nodes[1]["spec"]["podCIDRs"], nodes[2]["spec"]["podCIDRs"] = ["10.244.9.0/24"], ["10.244.2.0/24"]
     agent.on_listed({"w%d" % number: _agent_plan.reduced(obj) for number, obj in enumerate(nodes, 1)})
