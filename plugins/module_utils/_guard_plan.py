@@ -62,13 +62,6 @@ _SETTINGS = {
 }
 _ITEMS = {"ports": int, "admin_ports": int}
 
-
-
-def _is_one(value, kind):
-    """Of that type, and not a bool where it is to be a number."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 # Sets of addresses, each in a version of its own for IPv4 and IPv6, and what they are to people.
 PREFIX_SETS = {"pods": "pods", "own_pods": "own pods", "nodes": "node", "exempt": "exempt"}
 # The other sets: type of nftables, and what an element is to people.
@@ -109,6 +102,11 @@ def check_settings(settings):
     if not 1 <= settings["fwmark"] <= 0xFFFFFFFF:
         raise MeshError("mesh_fwmark: %d: a mark is a number from 1 to 0xffffffff" % settings["fwmark"])
     return dict(settings, **{field: [canonical_cidr(text) for text in settings[field]] for field in ("exempt_cidrs", "pod_networks")})
+
+
+def _is_one(value, kind):
+    """Of that type, and not a bool where it is to be a number."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def settings_of(text):

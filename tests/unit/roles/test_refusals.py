@@ -35,7 +35,7 @@ def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventor
         ANSIBLE_COLLECTIONS_PATH=str(REPOSITORY.parents[2]), ANSIBLE_LOCALHOST_WARNING="false", ANSIBLE_HOME=str(tmp_path / "home"),
         ANSIBLE_REMOTE_TEMP=str(tmp_path / "remote"), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", TMPDIR=str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-m", "ansible", "playbook", "-vvv", "-i", str(tmp_path / "inventory.json"), "-e",
+        [sys.executable, "-m", "ansible.cli.playbook", "-vvv", "-i", str(tmp_path / "inventory.json"), "-e",
          "@%s" % (tmp_path / "variables.json"), str(playbook)],
         env=environment, cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     return done.returncode, done.stdout.decode()

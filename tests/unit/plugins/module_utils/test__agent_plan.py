@@ -211,7 +211,7 @@ def test_who_was_deleted_for_the_grace_is_forgotten_until_its_node_has_its_key()
     found, remembered = step(plan.happened(found, "w2", plan.reduced(kubelets(2)))[0], remembered, 180.0)
     assert remembered["forgotten"] and "registered again without its key," in plan.hindrance_of_own(remembered, found, "w2")
     # it outlives this program, but not a run
-    assert plan.parse_memory(plan.memory_text("sum", previous, remembered), "sum") == (previous, remembered)
+    assert plan.parse_memory(plan.memory_text("sum", previous, remembered, previous, "boot"), "sum") == (previous, remembered)
     found, remembered = step(plan.happened(found, "w2", plan.reduced(node(2, uid="uid-again")))[0], remembered, 190.0)
     assert not remembered["forgotten"] and plan.hindrance_of_own(remembered, found, "w2") == ""
     # its own document knows the new Node then

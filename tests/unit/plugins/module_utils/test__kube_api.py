@@ -167,6 +167,7 @@ def test_a_list_is_read_again_when_asked_and_nobody_is_told_that_the_api_is_away
 def test_a_list_that_is_asked_for_while_there_is_no_watch_comes_nevertheless(api, told):
     told.follower.list_again()
     told.next("listed")
+    told.next("back")  # the watch that is closed below
     # asked for when the list was read already, and the watch was not open yet
     opened = told.follower._opened
     told.follower._opened = lambda handle: (setattr(told.follower, "_opened", opened), told.follower.list_again(), opened(handle))
