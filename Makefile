@@ -43,8 +43,8 @@ test-live: ## Modules against userspace WireGuard in network namespaces (root)
 test-lab: ## The playbooks on a cluster of hosts with systemd (root)
 	@$(RUN) gate lab lab-variants lab-kill lab-change lab-agent lab-self
 
-test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, hours)
-	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-runner lab-self live-agent
+test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, installs Java 17, hours)
+	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-runner lab-self live-agent eda
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel kernel-boot

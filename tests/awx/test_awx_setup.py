@@ -93,7 +93,7 @@ def made(awx):
     inventory = awx.find("inventories", name="kubemesh nodes")
     assert inventory["organization"] == organization
     source = awx.find("inventory_sources", inventory=inventory["id"])
-    assert source["source"] == "scm" and source["update_on_launch"] and source["overwrite"]
+    assert source["source"] == "scm" and source["update_on_launch"] and source["overwrite"] and source["overwrite_vars"]
     assert source["credential"] == awx.find("credentials", name="kubemesh kubeconfig")["id"]
     secrets(awx, json.loads(inventory["variables"]))
     for name in PLAYBOOKS:
@@ -111,6 +111,7 @@ def made(awx):
     workflow(awx)
     schedule = awx.find("schedules", name="kubemesh reconcile")
     assert schedule["unified_job_template"] == awx.find("job_templates", name="kubemesh reconcile")["id"] and schedule["enabled"]
+    assert schedule["extra_data"] == {"mesh_lock_wait": 600}
 
 
 def secrets(awx, variables):
@@ -137,6 +138,7 @@ def workflow(awx):
     assert check["unified_job_template"] == awx.find("job_templates", name="kubemesh status")["id"]
     assert awx.associated(first, "success_nodes") == [check] and not awx.associated(first, "always_nodes")
     assert check["extra_data"] == {"mesh_require_encrypted": "true"}
+    assert not awx.associated(found, "notification_templates_error"), "its jobs tell"
 
 
 def test_the_least_and_a_token_and_an_inventory_that_is_there(awx, tmp_path):

@@ -432,7 +432,7 @@ class TestAccount:
         assert run("present", "--check") and there() == [0, 0, 0, 0]
         assert run("present") and there() == [1, 1, 1, 1]
         rules = api.get("clusterroles", "kubemesh-playbooks")["rules"]
-        assert rules == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "patch"]}]
+        assert rules == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch", "patch"]}]
         assert not run("present")
         assert run("absent") and there() == [1, 0, 0, 0], "the agents have an account in the namespace as well"
         assert not run("absent")
