@@ -566,7 +566,8 @@ def test_a_second_run_changes_nothing_and_absent_leaves_nothing(lab):
         assert result["changed"] and result["steps"] == expected["steps"] and result["diff"] == expected["diff"]
         assert lab.guard("a", **arguments)["steps"] == []
     counters = lab.guard("a", pod_networks=["10.0.0.0/8"])["counters"]
-    assert lab.module("a", None) == {"present": True, "in_force": True, "at_boot": True, "reason": "", "counters": counters, "exempt_cidrs": []}
+    assert lab.module("a", None) == {
+        "present": True, "in_force": True, "at_boot": True, "reason": "", "counters": counters, "exempt_cidrs": []}
     assert lab.guard("a", state="absent")["changed"] and not lab.guard("a", state="absent")["changed"]
     assert lab.net.exec("a", "nft", "list", "ruleset") == ""
     files = [name for dummy, dummy2, names in os.walk(str(lab.folder / "files-a")) for name in names]
