@@ -23,19 +23,19 @@ test: ## What fits into 30 minutes on 2 cores, fast checks first; it names what 
 	@$(RUN) gate all
 
 check: ## The fast checks that need no root: linters, documentation, unit tests
-	@$(RUN) gate static unit
+	@$(RUN) gate static unit awx
 
 lint: ## Linters only
 	@$(RUN) gate static
 
 sanity: ## ansible-test sanity on ansible-core 2.19 and 2.21
-	@$(RUN) gate sanity
+	@$(RUN) gate sanity sanity-core-2.19
 
 build: ## Build the artifact, install it, check it as Galaxy does
 	@$(RUN) gate build
 
 test-unit: ## Unit tests on Python 3.8, 3.11 and 3.13
-	@$(RUN) gate unit
+	@$(RUN) gate unit unit-python-3.13 awx
 
 test-live: ## Modules against userspace WireGuard in network namespaces (root)
 	@$(RUN) gate live live-agent
@@ -44,7 +44,7 @@ test-lab: ## The playbooks on a cluster of hosts with systemd (root)
 	@$(RUN) gate lab lab-variants lab-kill lab-change lab-agent lab-self
 
 test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, installs Java 17, hours)
-	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-runner lab-self live-agent eda
+	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-runner lab-self live-agent eda awx other-core
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel kernel-boot

@@ -305,7 +305,7 @@ def inventory(context):
     return unit_tests(context, "tests/unit/plugins/inventory")
 
 
-@check("unit", timeout=BACKGROUND, background=True)
+@check("awx", timeout=BACKGROUND, background=True)
 def awx(context):
     """The playbook awx_setup with the modules of awx.awx, against a small AWX."""
     path = f"{tree(context).parents[2]}{os.pathsep}{prepare.other_collections(tool(context, 'python'))}"
@@ -356,7 +356,7 @@ def core_2_21(context):
     return venv
 
 
-@check("unit", timeout=BACKGROUND, name="unit-python-3.13", background=True)
+@check("other-core", timeout=BACKGROUND, name="unit-python-3.13", background=True)
 def unit_python_3_13(context):
     """Unit tests of everything, ansible-core 2.21 on Python 3.13."""
     return ansible_test_units(context, core_2_21(context), "3.13")
@@ -451,7 +451,7 @@ def sanity(context, venv):
     return Result(remark=f"without Python {', '.join(missing)}" if missing else "")
 
 
-@check("sanity", timeout=BACKGROUND, name="sanity-core-2.19", background=True)
+@check("other-core", timeout=BACKGROUND, name="sanity-core-2.19", background=True)
 def sanity_core_2_19(context):
     """`ansible-test sanity` of ansible-core 2.19, no ignores."""
     return sanity(context, dev(context))
