@@ -44,7 +44,7 @@ test-lab: ## The playbooks on a cluster of hosts with systemd (root)
 	@$(RUN) gate lab lab-variants lab-kill lab-change lab-agent lab-self
 
 test-long: ## What `make test` leaves out, and 60 controllers killed at random moments (root, installs Java 17, hours)
-	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-runner lab-self live-agent eda awx other-core
+	@KUBEMESH_KILLS=60 $(RUN) gate kernel-boot lab-kill lab-change lab-agent lab-runner lab-self lab-variants live-agent eda awx other-core
 
 test-kernel: ## The kernel's WireGuard in an emulated machine (root, at most 8 minutes)
 	@$(RUN) gate kernel kernel-boot
