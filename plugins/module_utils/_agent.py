@@ -101,6 +101,7 @@ class Host:
 
     def run_command(self, argv, data=None, environ_update=None):
         try:
+            # There is no AnsibleModule in a service. pylint: disable-next=ansible-bad-function
             done = subprocess.run(argv, input=data, stdin=subprocess.DEVNULL if data is None else None, capture_output=True,
                                   env=dict(os.environ, **(environ_update or {})), timeout=COMMAND_SECONDS,
                                   check=False, encoding="utf-8", errors="replace")

@@ -195,6 +195,7 @@ def kubectl(command, words):
     """What kubectl prints. Raises `KubectlError`."""
     argv = command + ["--request-timeout=%ds" % _published_keys.REQUEST_TIMEOUT] + words
     try:
+        # AnsibleModule.run_command knows no limit of time. pylint: disable-next=ansible-bad-function
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=KUBECTL_TIMEOUT, check=False)
     except OSError as exc:
         # as the command module says it

@@ -56,7 +56,8 @@ def test_a_check_run_changes_nothing_and_raises_no_counter(lab):
 def test_what_is_taken_away_is_told(lab):
     run = playbook(lab, "enable", "-e", "mesh_nodes_source=inventory", "--check", source=None, preflight=False)
     assert "Strict mode is on now and will not be, as mesh_strict is false." in run.text
-    assert "Node to node traffic is encrypted now and will not be, as mesh_encrypt is pods." in run.text and "Preshared" not in run.text
+    assert "Node to node traffic is encrypted now and will not be, as mesh_encrypt is pods." in run.text
+    assert "Preshared keys are in use" not in run.text
 
 
 EXEMPT_CIDRS = ["-e", '{"mesh_exempt_cidrs": ["198.18.0.13/32", "fd00:18::d/128"]}']
