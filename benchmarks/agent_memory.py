@@ -103,7 +103,7 @@ class Bench:
     def __init__(self, lab, nodes, folder):
         self.lab, self.nodes = lab, nodes
         self.program = Path(folder) / "program"
-        for path, text in _agent_install.program_files(_agent_install.source_of).items():
+        for path, text in _agent_install.program_files(_agent_install.source_of, agentlab.PROGRAM).items():
             (self.program / path).parent.mkdir(parents=True, exist_ok=True)
             (self.program / path).write_text(text, encoding="utf-8")
         for number in range(1, nodes):

@@ -25,6 +25,8 @@ SMALLEST = 0
 
 # The least length of the cluster secret, see the role mesh.
 PSK_SECRET_LENGTH = 32
+# Variables of this role that hold secrets, without their prefix, and those of the role mesh that they are for.
+SECRETS = {"psk_secret": "mesh_psk_secret", "agent_token": "mesh_agent_token"}
 
 MARKUP = re.compile(r"\b[A-Z]+\(([^()]*)\)")
 
@@ -117,17 +119,18 @@ def awx_faults(settings):
     if given("psk_secret") and len(str(settings["mesh_awx_psk_secret"])) < PSK_SECRET_LENGTH:
         found.append("mesh_awx_psk_secret: it has less than %d characters; take a longer one, such as of openssl rand -base64 48"
                      % PSK_SECRET_LENGTH)
-    if given("psk_secret") and given("inventory"):
-        found.append("mesh_awx_psk_secret, mesh_awx_inventory: an inventory that exists is not changed; give it mesh_psk_secret as the"
-                     " guide shows, and name the credential in mesh_awx_credentials")
+    for name, variable in SECRETS.items():
+        if given(name) and given("inventory"):
+            found.append("mesh_awx_%s, mesh_awx_inventory: an inventory that exists is not changed; give it %s as the guide shows, and name"
+                         " the credential in mesh_awx_credentials" % (name, variable))
+        if variable in (settings.get("mesh_awx_inventory_variables") or {}):
+            found.append("mesh_awx_inventory_variables: %s is in it, and who may read the inventory could read it; give it as mesh_awx_%s"
+                         % (variable, name))
     if given("notification_type") != given("notification_configuration"):
         found.append("mesh_awx_notification_type, mesh_awx_notification_configuration: one needs the other; give both or none")
     if not re.match(r"DTSTART\S*\sRRULE:", str(settings.get("mesh_awx_reconcile_rrule", ""))):
         found.append("mesh_awx_reconcile_rrule: it is no recurrence rule with a start; give one like DTSTART:20260101T000000Z"
                      " RRULE:FREQ=HOURLY;INTERVAL=1")
-    if "mesh_psk_secret" in (settings.get("mesh_awx_inventory_variables") or {}):
-        found.append("mesh_awx_inventory_variables: mesh_psk_secret is in it, and who may read the inventory could read it; give it as"
-                     " mesh_awx_psk_secret")
     return found
 
 

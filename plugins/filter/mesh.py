@@ -126,11 +126,11 @@ def all_findings(hosts, hostvars, exempt=(), job=None):
     :param exempt: names of nodes that may stay in clear.
     :param job: see `slice_fault`.
     """
-    found = []
+    # First, because the first error is what a run ends with: without a list of nodes others follow from it.
+    found = node_list_findings(hosts, hostvars)
     for host in hosts:
         for variable in ("__mesh_local", "__mesh_between"):
             found += list((hostvars[host].get(variable) or {}).get("findings") or [])
-    found += node_list_findings(hosts, hostvars)
     for host in hosts:
         found += damage_findings(host, hostvars[host].get("__mesh_before") or {})
     computed = _first_value(hosts, hostvars, "__mesh_computed", lambda value: "members" in value or "missing" in value)

@@ -35,6 +35,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _mesh,
     _pods,
     _probe,
+    _published_keys,
     _routes_plan,
     _status,
     _wg_plan,
@@ -238,12 +239,19 @@ class Kernel:
             return _probe.judge_all(peers, {"peers": before}, after, None, time.time(), {})
         own = document["nodes"][node]
         sizes = {name: _probe.full_size(device["mtu"], peer["mtu"]) for name, peer in peers.items()}
-        schedule = _probe.EchoSchedule([{
-            "name": name, "address": socket.inet_pton(socket.AF_INET6, peer["address"]), "size": sizes[name],
-            "late": _probe.is_late(own["public_keys"][generation], peer["public_key"], state, time.time()),
-        } for name, peer in sorted(peers.items())], start, random.Random())  # noqa: S311 - spreads packets, protects nothing
+        addresses = {name: socket.inet_pton(socket.AF_INET6, peer["address"]) for name, peer in peers.items()}
+
+        def late(state):
+            return {name for name, peer in peers.items()
+                    if _probe.is_late(own["public_keys"][generation], peer["public_key"], state, time.time())}
+
+        waiting = late(state)
+        schedule = _probe.EchoSchedule([
+            {"name": name, "address": addresses[name], "size": sizes[name], "late": name in waiting} for name in sorted(peers)
+        ], start, random.Random())  # noqa: S311 - spreads packets, protects nothing
         try:
-            _probe.run_knock(own["probe_addresses"][generation], device["index"], schedule, deadline)
+            _probe.run_knock(own["probe_addresses"][generation], device["index"], schedule, deadline,
+                             lambda: [addresses[name] for name in waiting - late(client.read(interface))])
         except OSError as exc:
             raise MeshError("peers cannot be asked through %s: %s" % (interface, exc.strerror)) from None
         after = client.read(interface)
@@ -288,6 +296,7 @@ class Agent:
         self.api = "not reached yet"
         self.base_stat = self.base_sha256 = self.base = None
         self.document = self.applied = self.remembered = None
+        self.blind = False        # started without what it knew: what it holds may be behind the kernel
         self.news = None          # (first, last): when news came that are not computed yet
         self.lag_since = None     # when the first news came that are not in the kernel yet
         self.lag = None
@@ -333,7 +342,7 @@ class Agent:
         latest = self.clock() + READY_SECONDS  # None: systemd knows
         while not self.stopping:
             self.tick()
-            if latest is not None and (not self.unproven or self.clock() >= latest):
+            if latest is not None and (not (self.unproven or self.blind) or self.clock() >= latest):
                 self.notifier.tell("READY=1")
                 latest = None
             pause = self.pause()
@@ -445,10 +454,10 @@ class Agent:
 
     def on_back(self, dummy):
         """A watch goes on where the last one, or the list, ended: what is known is complete."""
-        if self.api != "watching":
+        if self.api != decide.WATCHING:
             log("the API: watching")
             self.tell_soon()
-        self.api = "watching"
+        self.api = decide.WATCHING
         self.roster = dict(self.roster, complete=True)
         self.roster = self.missing()
 
@@ -549,6 +558,7 @@ class Agent:
             base = None
         if base is None:
             self.base = self.document = None
+            self.blind = False
             self.trouble = "there is no mesh document at %s: run the playbook enable" % path
             self.ask_nobody()
             self.tell_soon()
@@ -561,6 +571,8 @@ class Agent:
         memory = self.read(self.memory_file())
         kept, remembered = decide.parse_memory(memory, self.base_sha256)
         self.document, self.remembered = (kept, remembered) if kept is not None else (base, None)
+        # What runs write while it works is newer than what it knows.
+        self.blind = kept is None and self.applied is None
         if self.applied is None:
             # At a start the kernel is as this agent left it, or as a run or the boot made it. What it remembers may be ahead of that.
             self.applied = decide.parse_applied(memory, self.boot_id) or base
@@ -589,6 +601,8 @@ class Agent:
         self.due["gone"] = now + GONE_AGAIN
         if self.document is None or not self.roster["complete"] or (self.pods is not None and not self.pods.is_known()):
             return
+        if self.blind:
+            self.blind, self.due["converge"] = False, now
         if self.remembered is None:
             self.remembered = decide.adopt(self.document, self.roster, self.config["pod_source"])
         self.roster = self.missing()
@@ -817,6 +831,12 @@ class Agent:
                 log(trouble)
             self.ask_nobody()
             return
+        self.blind = self.blind and decide.is_ahead(state, document, self.config["node"])
+        if self.blind:
+            self.trouble = decide.BLIND % self.memory_file()
+            if self.trouble != told:
+                log(self.trouble)
+            return
         self.trouble = decide.hindrance_of_own(self.remembered, self.roster, self.config["node"])
         if self.trouble:
             if self.trouble != told:
@@ -865,14 +885,15 @@ class Agent:
         own = self.roster["members"].get(self.config["node"])
         if own is None or self.document is None:
             return
-        wanted = (decide.keys_to_publish(self.document, own), own["uid"])
-        if not wanted[0] or (self.published and self.published[0] == wanted and now < self.published[1]):
+        patch = decide.own_patch(self.document, own)
+        body = patch and _published_keys.body_of(patch)
+        if not body or (self.published and self.published[0] == body and now < self.published[1]):
             return  # nothing to do, or done or refused a short while ago
-        self.published = (wanted, now + PUBLISH_AGAIN)
+        self.published = (body, now + PUBLISH_AGAIN)
 
         def work():
             try:
-                self.client.patch("%s/%s" % (NODES, self.config["node"]), {"metadata": {"annotations": wanted[0]}})
+                self.client.patch("%s/%s" % (NODES, self.config["node"]), body)
                 self.queue.put(("published", ""))
             except (MeshError, OSError) as exc:
                 self.queue.put(("published", str(exc)))
@@ -881,7 +902,7 @@ class Agent:
 
     def report(self):
         """State for `status`, metrics for node_exporter, a line for systemd."""
-        api = self.api if self.api != "watching" or self.pods is None else self.pods.trouble() or self.api
+        api = self.api if self.api != decide.WATCHING or self.pods is None else self.pods.trouble() or self.api
         summary = decide.state_of(self.document, api, self.trouble, self.texts, self.lag, self.unproven, self.waits, self.counts,
                                   time.time())
         summary["base"], summary["guard"] = self.base_sha256, self.guard.state

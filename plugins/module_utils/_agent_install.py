@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import ast
 import compileall
-import grp
 import hashlib
 import importlib.util
 import os
-import pwd
 import re
 import shutil
+import time
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_inputs import TOKEN_FILE, USER, identity
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_plan import WATCHING, parse_state
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_FILE, MODE_GUARD
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._guard import GUARD_UNIT as RUN_GUARD_UNIT
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
@@ -37,18 +38,16 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import 
 )
 
 PACKAGE = "ansible_collections.kubemesh.wireguard.plugins.module_utils"
-PROGRAM = "_agent"
-USER = "kubemesh-agent"
 UNIT = "kubemesh-agent.service"
 UNIT_FILE = "/etc/systemd/system/" + UNIT
 GUARD_UNIT = "kubemesh-agent-guard.service"
 GUARD_UNIT_FILE = "/etc/systemd/system/" + GUARD_UNIT
-USERS_FILE = "/etc/sysusers.d/kubemesh-agent.conf"
+# Not in /etc/sysusers.d, which not every distribution has: an empty directory would be left.
+USERS_FILE = "/etc/kubemesh/agent-user.sysusers"
 FOLDERS_FILE = "/etc/tmpfiles.d/kubemesh-agent.conf"
 CONFIG_FOLDER = "/etc/kubemesh"
 CONFIG_FOLDER_MODE = 0o755
 CONFIG_FILE = "/etc/kubemesh/agent.json"
-TOKEN_FILE = "/etc/kubemesh/agent-token"  # noqa: S105 - a path
 TOKEN_MODE = 0o640
 LIBRARY = "/usr/local/lib/kubemesh"
 LINK = LIBRARY + "/agent"
@@ -61,6 +60,12 @@ METRICS_FILE = STATE + "/metrics/kubemesh.prom"
 STATE_FILE = RUNTIME + "/state.json"
 MEMORY_FILE = STATE + "/memory.json"
 
+# Seconds that a service that was started is given to reach the API: a connection and a list take one or two, and a failure is tried again
+# after less than one.
+API_SECONDS = 10.0
+# Seconds between two looks at what it says
+API_INTERVAL = 0.2
+
 HEADER = "# Written by kubemesh.wireguard. Changes made here are lost.\n"
 
 START = HEADER + '''\
@@ -69,10 +74,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
-from %s import %s
+from %s import main
 
-sys.exit(%s.main(sys.argv[1:]))
-''' % (PACKAGE, PROGRAM, PROGRAM)
+sys.exit(main(sys.argv[1:]))
+'''
 
 
 # What neither service of the agent needs.
@@ -201,9 +206,10 @@ def imports_of(source):
     return found
 
 
-def program_files(source_of):
-    """``{path in the program's directory: text}``. ``source_of(name)``: the source of a module_util."""
-    files, waiting = {"start.py": START}, {PROGRAM}
+def program_files(source_of, program):
+    """``{path in the program's directory: text}``. ``source_of(name)``: the source of a module_util; ``program``: full name of the one
+    with the main program."""
+    files, waiting = {"start.py": START % program}, {program.rpartition(".")[2]}
     names = set()
     while waiting:
         name = waiting.pop()
@@ -283,12 +289,17 @@ def linked():
         return ""
 
 
-def identity():
-    """``(uid, gid)`` of the agent's user; None where there is none."""
-    try:
-        return pwd.getpwnam(USER).pw_uid, grp.getgrnam(USER).gr_gid
-    except KeyError:
-        return None
+def wait_for_api(clock=time.monotonic, pause=time.sleep):
+    """What the service that was started says of the API: as soon as it watches it, or last; None where it says nothing.
+
+    It is what this start says: the agent writes its state before systemd takes it for ready.
+    """
+    deadline = clock() + API_SECONDS
+    while True:
+        state = parse_state(read_text(STATE_FILE) or "")
+        if (state is not None and state["api"] == WATCHING) or clock() >= deadline:
+            return state["api"] if state is not None else None
+        pause(API_INTERVAL)
 
 
 def wanted_files(config_text, python, as_root, devices):
@@ -361,6 +372,21 @@ def apply_present(system, steps, token, files, restart):
     remove_file(UNFINISHED)
 
 
+def disown(gid):
+    """Give what is below the folders of the mesh and belongs to the group of the service to root's: its number may be another's one day.
+
+    The folder of the configuration hands its group to what is made in it, so that the service can read it.
+    """
+    for folder in (CONFIG_FOLDER, LOCK_FOLDER):
+        for place, dummy, names in os.walk(folder):
+            for path in [place] + [os.path.join(place, name) for name in names]:
+                try:
+                    if os.lstat(path).st_gid == gid:
+                        os.lchown(path, -1, 0)
+                except FileNotFoundError:
+                    pass  # a run of another playbook has taken it away
+
+
 def apply_absent(system, steps):
     """Carry out steps of `plan_absent`: the service first. What it did in the kernel stays."""
     if os.path.exists(UNIT_FILE):
@@ -380,6 +406,7 @@ def apply_absent(system, steps):
         elif step["op"] == "remove_folder":
             shutil.rmtree(step["path"], ignore_errors=True)
         elif step["op"] == "remove_user":
+            disown(identity()[1])
             if os.path.isdir(LOCK_FOLDER):
                 os.chown(LOCK_FOLDER, 0, 0)
                 os.chmod(LOCK_FOLDER, 0o700)

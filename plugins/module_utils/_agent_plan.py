@@ -26,12 +26,28 @@ from __future__ import annotations
 import json
 import re
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _link_plan, _membership, _mesh, _pods, _routes_plan, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
+    _link_plan,
+    _membership,
+    _mesh,
+    _pods,
+    _published_keys,
+    _routes_plan,
+    _wg_plan,
+)
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import GENERATIONS, MeshError, shown
 
 CONFIG_SCHEMA = 1
 STATE_SCHEMA = 1
+# What the state says of an agent that has lost what it knew: nodes may have joined and keys have changed since the run whose document is
+# there, and the kernel, which goes on as it is, may be ahead of that.
+BLIND = ("there is nothing at %s of what this agent knew, and the mesh has more than the document of the last run: nothing is changed"
+         " before the list of nodes was read")
+# What the state says of an API that is followed
+WATCHING = "watching"
 
+# Seconds, a day: who is away for longer is not on its way back.
+GRACE_LONGEST = 86400
 # Seconds: news are applied when none came for SETTLE, or SETTLE_LONGEST after the first. A Node is often changed several times in a row
 # (created, then given its pod CIDR); who waits longer is slower than Calico's daemon, which applies 10 times a second.
 SETTLE = 0.05
@@ -60,6 +76,13 @@ def config_text(config):
     return json.dumps(dict(config, schema=CONFIG_SCHEMA), sort_keys=True, indent=1) + "\n"
 
 
+def grace_fault(grace):
+    """What is wrong with ``mesh_agent_grace``, or an empty text."""
+    if 0 <= grace <= GRACE_LONGEST:
+        return ""
+    return "mesh_agent_grace: %d is not a number of seconds from 0 to %d" % (grace, GRACE_LONGEST)
+
+
 def parse_config(text):
     """The configuration of a file's text; `MeshError` for anything else."""
     try:
@@ -73,8 +96,8 @@ def parse_config(text):
             raise MeshError("the agent's configuration, %s: %s cannot be used; run the playbook enable again"
                             % (field, shown(config[field])))
     _mesh.check_node_name(config["node"])
-    if not 0 <= config["grace"] <= 86400:
-        raise MeshError("mesh_agent_grace: %d is not a number of seconds from 0 to 86400" % config["grace"])
+    if grace_fault(config["grace"]):
+        raise MeshError(grace_fault(config["grace"]))
     # It becomes the name of two devices, with 0 and 1 at its end; names have at most 15 characters (IFNAMSIZ).
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,14}", config["interface"]):
         raise MeshError("mesh_interface: %s is not the stem of a device name" % shown(config["interface"]))
@@ -332,20 +355,26 @@ def _with_lost(candidates, before, remembered, pod_source):
 
     The API server refuses to take a Node's pod CIDRs away, and a node has an address as long as it is one: where they are gone, it is the
     answer that is wrong, most likely for all nodes, and the mesh must not go with it. Prefixes of pods come and go, but not all at once.
+    One address family counts by itself: a kubelet that comes back with half of its configuration has one of two addresses.
     """
     fields = ["node_addresses"]
     if pod_source == _pods.NODE_CIDRS or not any(candidate["pod_cidrs"] for candidate in candidates if candidate["name"] in before):
         fields.append("pod_cidrs")
     found, lost = [], {}
+    # What another has now is its.
+    owners = {(field, text): candidate["name"] for candidate in candidates for field in fields for text in candidate[field]}
     for candidate in candidates:
         name, entry = candidate["name"], before.get(candidate["name"])
         for field in fields if entry is not None and entry["state"] != "excluded" and _is_same(candidate, entry) else ():
-            if entry[field] and not candidate[field]:
-                candidate = dict(candidate, **{field: entry[field]})
+            families = {_mesh.family_of(text) for text in candidate[field]}
+            vanished = [text for text in entry[field] if _mesh.family_of(text) not in families and (field, text) not in owners]
+            if vanished:
+                candidate = dict(candidate, **{field: list(candidate[field]) + vanished})
                 if name not in remembered["kept"][field]:
                     lost.setdefault(field, set()).add(name)
         found.append(candidate)
-    what = {"node_addresses": "status.addresses has no InternalIP", "pod_cidrs": "spec.podCIDRs is empty"}
+    what = {"node_addresses": "status.addresses has no InternalIP, or none of a family,",
+            "pod_cidrs": "spec.podCIDRs has nothing, or nothing of a family,"}
     if pod_source != _pods.NODE_CIDRS:
         what["pod_cidrs"] = "pod_source %s has no prefix of any pod" % pod_source
     return found, ["%s any more, for %s: what the mesh has stays; look at what the API says of them, and if it is meant, run the playbook"
@@ -483,17 +512,18 @@ def _one_by_one(news, stays, previous, remembered, config, kept):
     return document, warnings
 
 
-def keys_to_publish(document, candidate):
-    """``{annotation: public key}`` that a node offers to the API for itself; empty where there is nothing to do.
+def own_patch(document, candidate):
+    """The patch of `_published_keys` by which a node offers its public key to the API; None where there is nothing to do.
 
-    ``candidate``: its own Node. While a node has two keys, a rotation is under way: it publishes the new one and takes the old one back
-    before the node knows, and what it took back must not come again.
+    ``candidate``: its own Node. One that is not the Node of the document may stand for another machine, which this key is not of: a run
+    finds out. While a node has two keys, a rotation is under way: it publishes the new one and takes the old one back before the node
+    knows, and what it took back must not come again.
     """
-    keys = document["nodes"].get(candidate["name"], {}).get("public_keys", {})
-    if len(keys) != 1:
-        return {}
-    return {_membership.ANNOTATIONS[generation]: key for generation, key in keys.items()
-            if candidate["annotation_keys"].get(generation) != key}
+    entry = document["nodes"].get(candidate["name"])
+    if entry is None or len(entry["public_keys"]) != 1:
+        return None
+    patches = _published_keys.patches_to_publish({candidate["name"]: entry}, [candidate], tuple(entry["public_keys"]))
+    return patches[0] if patches else None
 
 
 # --- what the kernel shall hold ------------------------------------------------------------------------------------------------------
@@ -572,6 +602,16 @@ def endpoints_of(document, node, generation):
     if document is None or not _mesh.is_peer(document["nodes"].get(node) or {"state": "excluded", "public_keys": {}}, generation):
         return {}
     return {key: peer["endpoint"] for key, peer in _mesh.peers_of(document, node, generation).items() if peer["endpoint"]}
+
+
+def is_ahead(state, document, node):
+    """Whether a device accepts more than a document says: from peers, or prefixes of peers, that came since.
+
+    To bring it to the document would take away what is in use, only because the one who knew of it has forgotten.
+    """
+    peers = _mesh.peers_of(document, node, str(document["generation"]))
+    return any(set(peer["allowed_ips"]) - set(peers[key]["allowed_ips"] if key in peers else ())
+               for key, peer in state["peers"].items())
 
 
 def keys_of(document, node, generation):
@@ -685,7 +725,7 @@ def metrics_text(rows, summary, dropped=None):
     for name, text, value in (
             ("kubemesh_agent_generation", "Generation of keys that traffic goes through.", summary["generation"]),
             ("kubemesh_agent_peers", "Peers of this node.", len(rows)),
-            ("kubemesh_agent_api_up", "Whether the list of nodes is up to date (1 or 0).", int(summary["api"] == "watching")),
+            ("kubemesh_agent_api_up", "Whether the list of nodes is up to date (1 or 0).", int(summary["api"] == WATCHING)),
             ("kubemesh_agent_lag_seconds", "Seconds from the first of the last news of the API to the kernel.", summary["lag"]),
             ("kubemesh_agent_unproven_peers", "Peers without routes, because they were not reached through the tunnel.",
              summary["unproven_count"]),
@@ -729,6 +769,15 @@ def parse_state(text):
     return state if all(isinstance(text, str) for text in texts) else None
 
 
+def api_warning(api, node, server):
+    """What people must know about an agent that was started and says this of the API, or an empty text."""
+    if api == WATCHING:
+        return ""
+    return ("node %s: the agent was started and does not follow the API server %s: %s. The mesh of this node stays as it is until it does; "
+            "look at journalctl -u kubemesh-agent, and run the playbook again when files or rights were put right"
+            % (node, server, api or "it has said nothing yet"))
+
+
 def state_warnings(state, active, now_epoch):
     """What people must know about an agent. ``now_epoch``: by the clock that `state_of` was given."""
     if not active:
@@ -740,7 +789,7 @@ def state_warnings(state, active, now_epoch):
         warnings.append("the node agent has said nothing for %d s: look at journalctl -u kubemesh-agent" % abs(now_epoch - state["time"]))
     if state["hindrance"]:
         warnings.append("the node agent does nothing: %s" % state["hindrance"])
-    if state["api"] != "watching":
+    if state["api"] != WATCHING:
         warnings.append("the node agent does not know what changes in the cluster: %s" % state["api"])
     return warnings + ["the node agent: %s" % text for text in state["warnings"]]
 

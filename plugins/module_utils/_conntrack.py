@@ -115,6 +115,9 @@ IPS_FIXED_TIMEOUT = 0x400
 # What may be carried over. The NAT bits come from the NAT attributes; without IPS_CONFIRMED the kernel answers EBUSY.
 IPS_CARRIED = IPS_SEEN_REPLY | IPS_ASSURED
 
+# Entries of the reader's network namespace.
+COUNT_FILE = "/proc/sys/net/netfilter/nf_conntrack_count"
+
 # What goes from the old entry to the new one as it is.
 CARRIED_AS_IS = (CTA_HELP, CTA_SEQ_ADJ_ORIG, CTA_SEQ_ADJ_REPLY, CTA_SYNPROXY)
 # Times that a replacement is tried where packets in between made connections of their own.
@@ -535,6 +538,19 @@ class Begun:
                     raise
 
 
+def tracks_any(path=COUNT_FILE):
+    """Whether any connection of this network namespace is tracked. Nodes whose CNI does without connection tracking have none.
+
+    Connections whose first packet is still on its way through the kernel count (``__nf_conntrack_alloc``), so none can be overlooked
+    between this and the first that a `Begun` of before tells of.
+    """
+    try:
+        with open(path, encoding="ascii") as handle:
+            return int(handle.read()) != 0
+    except (OSError, ValueError):
+        return True  # unknown: a dump tells
+
+
 def _message(kind, flags, family, sequence, payload):
     return message(NFNL_SUBSYS_CTNETLINK << 8 | kind, flags, family, sequence, payload)
 
@@ -555,7 +571,7 @@ class Carrier:
         """Replace what there is, so many times and then until the kernel told of all that began. Raises nothing.
 
         A pass that meets nothing is the last: the next one is for what began while connections were replaced. A pass takes 10 ms of the
-        processor where there are no connections at all, for the kernel's table of 262,144 places.
+        processor where there are few connections, for the kernel's table of 262,144 places, and next to nothing where there are none.
         """
         try:
             # One reads while the other replaces: what is replaced was read moments before, however many there are.
@@ -639,7 +655,7 @@ class Carrier:
             return all_of_them
 
         some = []
-        for family in self.families:
+        for family in self.families if tracks_any() else ():
             for connection in reader.dump(family, self.done):
                 if self.concerns(connection):
                     some.append(connection)

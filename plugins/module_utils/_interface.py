@@ -41,11 +41,9 @@ REMOVALS = ("remove_peer", "remove_allowed_ips")
 def choose_implementation(system, wanted, link):
     """(implementation, path of the userspace command or ""). What is running stays; then the kernel; then a userspace one."""
     command = next((path for path in map(system.path, USERSPACE_COMMANDS) if path), "")
-    if wanted == "auto":
-        if link is not None and link["kind"] in ("wireguard", "tun"):
-            wanted = "kernel" if link["kind"] == "wireguard" else "userspace"
-        else:
-            wanted = "kernel" if kernel_has_wireguard(system) else "userspace"
+    wanted = _link_plan.decided_implementation(wanted, link["kind"] if link is not None else "")
+    if wanted is None:
+        wanted = "kernel" if kernel_has_wireguard(system) else "userspace"
     if wanted == "userspace" and not command:
         raise MeshError(
             "implementation: the kernel of this node cannot create WireGuard devices and no userspace implementation (%s) is installed; "

@@ -159,7 +159,7 @@ class KubeClient:
             if not token:
                 return results, version
 
-    def watch(self, path, version, handle, opened=None, jitter=random.random, selector=""):
+    def watch(self, path, version, handle, opened=None, jitter=random.random, selector=""):  # noqa: S311
         """Call ``handle(type, object, resourceVersion)`` for each event after a version, until the server ends the watch.
 
         ``opened(socket)``: told which connection is used, so that another thread can cut it. Raises `Gone`, `ApiError`, and what the
@@ -202,7 +202,7 @@ class Follower(threading.Thread):
     `KubeClient.list` takes.
     """
 
-    def __init__(self, client, path, kind, reduce, tell, check=lambda listing: "", pause=time.sleep, jitter=random.random,
+    def __init__(self, client, path, kind, reduce, tell, check=lambda listing: "", pause=time.sleep, jitter=random.random,  # noqa: S311
                  clock=time.monotonic, key_of=decide.name_of, **how):
         super().__init__(daemon=True, name="follower")
         self.key_of, self.how = key_of, how

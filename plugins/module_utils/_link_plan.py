@@ -28,6 +28,16 @@ OVERHEAD = {"ipv4": 60, "ipv6": 80}
 MTU_DEFAULT = 1420
 
 
+def decided_implementation(wanted, kind):
+    """What makes a device: what is asked for, else what it is made by; None: the kernel where it can, else a userspace implementation.
+
+    ``wanted``: ``auto``, ``kernel`` or ``userspace``; ``kind``: of the device that is there, an empty text where there is none.
+    """
+    if wanted != "auto":
+        return wanted
+    return next((name for name, kinds in KINDS.items() if kind in kinds), None)
+
+
 def generations_of(interface):
     """Device names of the generations of one mesh: a name that ends in 0 or 1 has a sister, any other is alone."""
     return [interface[:-1] + "0", interface[:-1] + "1"] if interface[-1:] in ("0", "1") else [interface]

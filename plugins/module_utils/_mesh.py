@@ -448,8 +448,9 @@ def shared_identities(nodes, ports):
     problems = []
     for key, owners in sorted(keys.items()):
         if len(owners) > 1:
-            problems.append("public key %s is on nodes %s: all of them are refused, as each needs a key of its own (a cloned image?);"
-                            " remove the key on each and make new ones" % (key, " and ".join(owners)))
+            problems.append("public key %s is on nodes %s, and each needs a key of its own: if one is a clone of the other, remove the key"
+                            " on the clone and make a new one; if one has it from an annotation only, find out who wrote that, and take it"
+                            " away" % (key, " and ".join(owners)))
     for address, different in sorted(probes.items()):
         if len(different) > 1:
             problems.append("public keys %s have the same probe address %s: make a new key for one of them"

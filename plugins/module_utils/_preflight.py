@@ -17,7 +17,8 @@ The mesh that is already there is never a finding: its devices, ports, tables an
 *Settings*: {"node", "interface": stem of the device names, "ports": [port of generation 0, of generation 1], "table", "rule_priority",
 "fwmark", "encrypt": "pods"|"nodes", "implementation": "auto"|"kernel"|"userspace",
 "persistence": "auto"|"wg-quick"|"systemd-networkd"|"none", "mtu": bytes or None, "pod_cidrs": of this node,
-"node_addresses": of this node}; the last two are empty where they are not known yet.
+"node_addresses": of this node; the last two are empty where they are not known yet; "agent": None where there shall be none, else
+{"paths": {"ca_file", "token_file"}, "token_given"} as `_agent_inputs.input_faults` takes them}.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import itertools
 import re
 import textwrap
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import OVERHEAD, is_generation
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_inputs import input_faults
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import OVERHEAD, decided_implementation, is_generation
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MTU_MIN_IPV6, family_of, shown
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._pods import NODE_CIDRS
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan import PRIORITIES, rule_from_ip
@@ -95,7 +97,7 @@ def finding(level, check, node, message, remedy, value=""):
 def findings(facts, settings):
     """Everything about one node by itself, errors first; what lies between nodes is `underlay_findings`."""
     parts = (base_findings, wireguard_findings, data_path_findings, device_findings, port_findings, rule_findings, mark_findings,
-             address_findings)
+             address_findings, agent_findings)
     found = list(itertools.chain.from_iterable(part(facts, settings) for part in parts))
     return sorted(found, key=lambda item: LEVELS.index(item["level"]))
 
@@ -388,6 +390,30 @@ def address_findings(facts, settings):
     if wanted and not here & set(wanted):
         yield finding("error", "addresses", settings["node"], "none of the addresses %s of the Node object is on this host" % (
             ", ".join(wanted)), "see that mesh_node_name of this host is the name of its own Node object", wanted[0])
+
+
+def agent_findings(facts, settings):
+    """What the node agent could not read, where there shall be one: it is installed last, when all else was changed."""
+    wanted, node = settings["agent"], settings["node"]
+    if wanted is None:
+        return
+    if wanted["token_given"] and wanted["paths"]["token_file"]:
+        yield finding("error", "agent", node, "mesh_agent_token and mesh_agent_token_file are both set", "leave one of them out",
+                      wanted["paths"]["token_file"])
+    for fault in input_faults(facts["agent"], wanted["paths"], wanted["token_given"], agent_as_root(facts, settings), "mesh_agent_"):
+        yield finding("error", "agent", node, fault["message"], fault["remedy"], fault["value"])
+
+
+def agent_as_root(facts, settings):
+    """Whether the agent will be root, because what this run makes or keeps is a userspace implementation's device.
+
+    A device that is there counts for what it is. A rotation makes one beside it, which may be the kernel's where the one that goes is not:
+    only the module that installs the agent sees that.
+    """
+    kinds = [link["kind"] for link in facts["links"] if is_generation(link["name"], settings["interface"] + "0")]
+    # Where neither is there, nothing is made, and a finding of its own says so.
+    able = "userspace" if facts["wireguard"]["userspace"] and not facts["wireguard"]["kernel"] else "kernel"
+    return "userspace" in [decided_implementation(settings["implementation"], kind) or able for kind in kinds or [""]]
 
 
 # --- between nodes -------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import os
 import re
 import sys
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _persist, _underlay
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_inputs, _persist, _underlay
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._interface import USERSPACE_COMMANDS, kernel_has_wireguard
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import FAMILIES, MeshError
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import FAMILY_OPTION, read_document, read_sysctl, read_text
@@ -62,6 +62,8 @@ def read_facts(system, settings):
         "links": [], "addresses": [], "rules": [], "routes": {}, "pod_routes": [], "wg_devices": {}, "udp": [], "marks": [],
     }
     facts["tools"]["ip_json"] = _has_ip_json(system)
+    if settings["agent"] is not None:
+        facts["agent"] = _agent_inputs.read_inputs(settings["agent"]["paths"])
     if facts["tools"]["ip_json"]:
         facts["wireguard"].update(_wireguard(system))
         facts.update(_network(system, settings))
@@ -72,6 +74,11 @@ def read_facts(system, settings):
     facts["marks"] = mark_lines([system.try_run(argv)[1] for argv in (
         ["nft", "--terse", "list", "ruleset"], ["iptables-save"], ["ip6tables-save"])])
     return facts
+
+
+def read_agent_facts(system, settings):
+    """The part of the facts that `_preflight.agent_findings` needs, of a node that has a mesh."""
+    return {"agent": _agent_inputs.read_inputs(settings["agent"]["paths"]), "wireguard": _wireguard(system), "links": _links(system)}
 
 
 def last_pod_cidrs(node):
@@ -115,12 +122,17 @@ def _wg_devices(system):
     return found
 
 
-def _network(system, settings):
-    links, addresses = [], []
+def _links(system):
+    links = []
     for item in system.ip_json(["-d", "link", "show"]):
         info = item.get("linkinfo") or {}
         links.append({"name": item["ifname"], "kind": info.get("info_kind", ""),
                       "udp_port": (info.get("info_data") or {}).get("port") if info.get("info_kind") in ("vxlan", "geneve") else None})
+    return links
+
+
+def _network(system, settings):
+    addresses = []
     for item in system.ip_json(["addr", "show"]):
         addresses += [{"address": one["local"], "device": item["ifname"]} for one in item.get("addr_info", []) if "local" in one]
     rules, pod_routes = [], []
@@ -131,7 +143,7 @@ def _network(system, settings):
     overlays = ["%s/%d" % (item["address"], 128 if ":" in item["address"] else 32) for item in addresses
                 if item["device"] in OVERLAY_DEVICES and not item["address"].startswith("fe80:")]
     pod_routes += [{"prefix": prefix, "device": "an overlay device"} for prefix in overlays]
-    return {"links": links, "addresses": addresses, "rules": rules, "pod_routes": pod_routes[:KEPT],
+    return {"links": _links(system), "addresses": addresses, "rules": rules, "pod_routes": pod_routes[:KEPT],
             "routes": _routes_of(system, _tables_to_read(rules, settings))}
 
 

@@ -76,6 +76,10 @@ FIRST_SPREAD = 0.2
 # Seconds that one side of a pair waits for the other. Two first handshakes that cross are both thrown away, and WireGuard tries again
 # only 5 s later.
 LATE_SECONDS = 1.0
+# Seconds between two looks at the device for handshakes that need not be waited for any more, and how many times as long as it took a look
+# the next one waits: reading 5,000 peers takes a tenth of a second.
+LATE_LOOK = 0.05
+LATE_REST = 4.0
 # Seconds until a packet is taken for lost. A handshake over the longest terrestrial path and back is below 1 s.
 SMALL_RESEND = 1.0
 FULL_RESEND = 0.5
@@ -147,6 +151,7 @@ class EchoSchedule:
         self.pacer = Pacer(start, RATE, BURST)
         self.peers = {}
         self.open = set()
+        self.late = {peer["address"] for peer in peers if peer["late"]}
         order = list(peers)
         generator.shuffle(order)
         spread = max(FIRST_SPREAD if len(order) > 1 else 0.0, len(order) / FIRST_RATE)
@@ -165,10 +170,17 @@ class EchoSchedule:
         """Time of the next packet, None if there is none."""
         return self.pacer.next_time(now)
 
+    def hasten(self, now, addresses):
+        """These, of the ``late`` ones, need not be waited for any more: their first handshake is over."""
+        for address in self.late & set(addresses):
+            self.late.discard(address)
+            self.pacer.at(now, address)
+
     def due(self, now):
         """-> list of (address, sequence, size) to send now."""
         packets = []
         for address in self.pacer.due(now):
+            self.late.discard(address)
             peer = self.peers[address]
             sizes = self._sizes(address, peer)
             self.pacer.spend(len(sizes))
@@ -287,7 +299,8 @@ def judge(peer, before, after, answer, now_epoch, size):
     handshake = after["last_handshake"] if after else 0.0
     # a clock that was set back since: the handshake is not in the future
     age = None if not handshake else max(0.0, now_epoch - handshake)
-    fresh = age is not None and age < HANDSHAKE_FRESH
+    # nor is one old that was made meanwhile, whatever a clock that was set forward says
+    fresh = age is not None and (age < HANDSHAKE_FRESH or handshake > (before["last_handshake"] if before else 0.0))
     grew = after is not None and after["rx_bytes"] > (before["rx_bytes"] if before else 0)
     entry = {"proven": False, "public_key": peer["public_key"], "reason": "", "message": "",
              "rtt": answer["rtt"] if answer else None, "size": answer["size"] if answer else 0,
@@ -542,8 +555,11 @@ def run_handshakes(interface, peers, read, deadline, clock=time.monotonic, epoch
     return before, after
 
 
-def run_knock(address, index, schedule, deadline, clock=time.monotonic):
-    """As `run_echo`, without any privilege: datagrams from a probe address through device ``index``, answered by "port unreachable"."""
+def run_knock(address, index, schedule, deadline, look=None, clock=time.monotonic):
+    """As `run_echo`, without any privilege: datagrams from a probe address through device ``index``, answered by "port unreachable".
+
+    ``look()``: addresses of peers whose handshake is over; called now and then while there are late ones that wait for it.
+    """
     nonce = os.urandom(NONCE_BYTES)
     texts = {packed: socket.inet_ntop(socket.AF_INET6, packed) for packed in schedule.peers}
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as handle:
@@ -551,10 +567,14 @@ def run_knock(address, index, schedule, deadline, clock=time.monotonic):
         handle.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)
         handle.bind((address, 0, 0, index))
         handle.setblocking(False)
+        look_at = clock() + LATE_LOOK
         while not schedule.done():
             now = clock()
             if now >= deadline:
                 return
+            if look is not None and schedule.late and now >= look_at:
+                schedule.hasten(now, look())
+                look_at = clock() + max(LATE_LOOK, LATE_REST * (clock() - now))
             for packed, sequence, size in schedule.due(now):
                 try:
                     handle.sendto(knock(nonce, sequence, size), (texts[packed], KNOCK_PORT, 0, index))
@@ -566,8 +586,8 @@ def run_knock(address, index, schedule, deadline, clock=time.monotonic):
             when = schedule.next_time(clock())
             if when is None and schedule.done():
                 return
-            wait = min(deadline, deadline if when is None else when) - clock()
-            select.select([handle], [], [handle], max(0.0, wait))
+            until = [deadline if when is None else min(deadline, when)] + ([look_at] if look is not None and schedule.late else [])
+            select.select([handle], [], [handle], max(0.0, min(until) - clock()))
             _answers(handle, nonce, schedule, clock)
 
 

@@ -17,8 +17,6 @@ What is *wanted* is what the mesh document says: ``{node: {"uid": text, "public_
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._membership import ANNOTATIONS, name_list
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     GENERATIONS,
@@ -180,6 +178,9 @@ def apply_patches(patches, send, workers, tell=None):
     ``send``: takes a patch, gives ``(verdict, what went wrong)``, and raises nothing; it runs in ``workers`` threads. ``tell``: takes how
     many were tried. When the API is away, refuses the first ones or too many, the rest is left.
     """
+    # Here, as the node agent imports this file on every node, never comes here, and would keep threads' machinery and logging in memory.
+    from concurrent.futures import ThreadPoolExecutor
+
     outcome = {DONE: [], GONE: [], REPLACED: [], FAILED: [], "left": 0}
     tried, size, stopped = 0, 1, False
     with ThreadPoolExecutor(workers) as pool:

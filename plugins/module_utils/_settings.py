@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_plan import grace_fault
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._confirm import check_timeout
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_api import server_parts
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown, some_of
@@ -26,13 +27,14 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes_plan im
 # The number of the generation follows, and a device has at most 15 characters (IFNAMSIZ, include/uapi/linux/if.h). The name is part of
 # file names and of names of units: what systemd or a shell would read otherwise is left out.
 _STEM = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,13}")
-_NUMBERS = ("table", "port", "rule_priority", "fwmark", "confirm_timeout", "lock_wait")
+_NUMBERS = ("table", "port", "rule_priority", "fwmark", "confirm_timeout", "lock_wait", "agent_grace")
 # Their order says nothing.
 _LISTS = ("exempt_cidrs", "exempt_nodes", "admin_ports")
 # Says something where strict mode is on only.
 _OF_STRICT_MODE = ("exempt_nodes", "admin_ports")
-# Where foreign rules are in the way on one node, its own can differ: nobody else sees them. Nodes can reach the API at different addresses.
-_OF_A_NODE = ("rule_priority", "agent_server")
+# Where foreign rules are in the way on one node, its own can differ: nobody else sees them. Nodes can reach the API at different addresses,
+# and each waits for itself.
+_OF_A_NODE = ("rule_priority", "agent_server", "agent_grace")
 # Says how this run works, and nothing of it stays on a node.
 _OF_A_RUN = ("confirm_timeout", "lock_wait", "probe_timeout", "psk_secret_fault")
 NAMED = 5
@@ -98,7 +100,7 @@ def faults_of(settings):
         if not usable:
             found.append("mesh_agent_server: %s is not the address of an API server such as https://192.0.2.1:6443"
                          % shown(settings["agent_server"]))
-    found.append(settings.get("psk_secret_fault", ""))
+    found += [grace_fault(settings.get("agent_grace", 0)), settings.get("psk_secret_fault", "")]
     return [fault for fault in found if fault]
 
 

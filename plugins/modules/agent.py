@@ -60,7 +60,8 @@ options:
     type: str
   ca_file:
     description:
-      - File on the node with the CA of the API server.
+      - File on the node with the CA of the API server. It must be readable for the user C(kubemesh-agent), which is checked before
+        anything is changed. The service sees nothing below C(/home), C(/root) and C(/tmp).
     type: path
     default: /etc/kubernetes/pki/ca.crt
   token:
@@ -70,7 +71,7 @@ options:
   token_file:
     description:
       - File on the node that somebody else keeps up to date with the token. It is read for every request, and must be readable for the user
-        C(kubemesh-agent). Not together with O(token).
+        C(kubemesh-agent), which is checked before anything is changed. Not together with O(token).
     type: path
   interface:
     description:
@@ -146,6 +147,13 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+api:
+  description:
+    - What the agent says of the API server, up to 10 seconds after it was installed or changed. V(watching) when it follows the list of
+      nodes, else what is in the way, which is a warning as well. Nothing when it has not said anything.
+  returned: when something was changed for O(state=present), and not in check mode
+  type: str
+  sample: watching
 restarted:
   description: Whether the service was started again, or would be in check mode, because its program or its settings changed.
   returned: when O(state=present)
@@ -163,21 +171,16 @@ import sys
 
 from ansible.module_utils.basic import AnsibleModule
 
-# The agent is imported for its source: what a module imports is what Ansible brings to the node.
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_install, _agent_plan, _kube_api
+# The agent is not run here, but what a module imports is what Ansible brings to the node.
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_inputs, _agent_install, _agent_plan, _kube_api
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._link_plan import generations_of, link_from_ip
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, shown
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._routes import device_units
-from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import System, read_text
 
 
 def configuration(params):
     """The agent's configuration as text, checked as the agent will check it."""
-    for name in ("node", "server"):
-        if not params[name]:
-            raise MeshError("%s: is needed for state=present" % name)
-    if params["token"] and params["token_file"]:
-        raise MeshError("token_file: give either token or token_file")
     # It goes into the unit and the configuration; a line of a header is what a token becomes.
     token = params["token"]
     if token is not None and (not token.isascii() or not token.isprintable() or " " in token or len(token) > _kube_api.TOKEN_MAX):
@@ -207,20 +210,32 @@ def present(module, system):
     """-> (steps, result)."""
     params = module.params
     text = configuration(params)
-    files = _agent_install.program_files(_agent_install.source_of)
+    as_root = is_userspace(system, params["interface"])
+    paths = {option: params[option] for option in ("ca_file", "token_file")}
+    faults = _agent_inputs.input_faults(_agent_inputs.read_inputs(paths), paths, bool(params["token"]), as_root)
+    if faults:
+        raise MeshError("\n".join("%s; %s" % (fault["message"], fault["remedy"]) for fault in faults))
+    files = _agent_install.program_files(_agent_install.source_of, _agent.__name__)
     devices = device_units(generations_of(params["interface"] + "0"))
     python = sys.executable or "/usr/bin/python3"
-    steps = _agent_install.plan_present(text, params["token"], python, is_userspace(system, params["interface"]), devices, files)
+    steps = _agent_install.plan_present(text, params["token"], python, as_root, devices, files)
     unit = system.unit(_agent_install.UNIT)
     if _agent_install.identity() is None:
         steps.append({"op": "add_user", "path": _agent_install.USER})
-    # a token is read again by itself
-    restart = any(step["op"] != "write_token" for step in steps)
+    # A token is read again by itself, but who was refused with the old one waits before it tries again, for half a minute by then.
+    said = _agent_plan.parse_state(read_text(_agent_install.STATE_FILE) or "")
+    works = said is not None and said["api"] == _agent_plan.WATCHING
+    restart = any(step["op"] != "write_token" for step in steps) or (bool(steps) and not works)
     if not (unit["enabled"] and unit["active"] and system.unit(_agent_install.GUARD_UNIT)["enabled"]):
         steps.append({"op": "start_unit", "path": _agent_install.UNIT})
+    result = {"restarted": restart}
     if steps and not module.check_mode:
         _agent_install.apply_present(system, steps, params["token"], files, restart)
-    return steps, {"restarted": restart}
+        result["api"] = _agent_install.wait_for_api()
+        warning = _agent_plan.api_warning(result["api"], params["node"], params["server"])
+        if warning:
+            module.warn(warning)
+    return steps, result
 
 
 def absent(module, system):
@@ -251,6 +266,8 @@ def main():
             "exclude_nodes": {"type": "list", "elements": "str", "default": []},
             "service_cidrs": {"type": "list", "elements": "str", "default": []},
         },
+        required_if=[("state", "present", ("node", "server"))],
+        mutually_exclusive=[("token", "token_file")],
         supports_check_mode=True,
     )
     try:
@@ -265,9 +282,6 @@ def main():
         } for step in steps]
     module.exit_json(**result)
 
-
-# The main program of the service, named here because nothing else in a module would use it.
-PROGRAM = _agent.main
 
 if __name__ == "__main__":
     main()

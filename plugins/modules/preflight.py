@@ -130,6 +130,23 @@ options:
       - The default is what a mesh document says that is given as O(targets_file) or O(targets_src).
     type: list
     elements: str
+  agent_ca_file:
+    description:
+      - C(ca_file) that M(kubemesh.wireguard.agent) will be given. Where it is set, the files that the agent needs are looked at, also with
+        O(local_checks=false). They must be readable for the user that the service will have, which depends on O(implementation) and on the
+        device that is there.
+      - Leave it out where there shall be no agent.
+    type: path
+  agent_token_file:
+    description:
+      - C(token_file) that M(kubemesh.wireguard.agent) will be given, if any. Needs O(agent_ca_file).
+    type: path
+  agent_token_given:
+    description:
+      - Whether M(kubemesh.wireguard.agent) will be given a C(token). The token itself is not needed here.
+      - Where it gets neither that nor a file, the token of an earlier run must be on the node.
+    type: bool
+    default: false
   listen:
     description:
       - V(start) leaves a responder behind, in a process of its own, on those of the mesh's UDP ports that are free.
@@ -197,6 +214,7 @@ options:
     type: bool
     default: false
 seealso:
+  - module: kubemesh.wireguard.agent
   - module: kubemesh.wireguard.probe
   - plugin: kubemesh.wireguard.findings_table
     plugin_type: filter
@@ -369,7 +387,11 @@ def settings_of(params, data):
     entry = data["nodes"].get(params["node"]) if isinstance(data, dict) and isinstance(data.get("nodes"), dict) else None
     known = {name: params[name] if params[name] is not None else (entry or {}).get(name, []) for name in ("pod_cidrs", "node_addresses")}
     names = ("node", "interface", "table", "rule_priority", "fwmark", "encrypt", "pod_source", "implementation", "persistence", "mtu")
-    return dict({name: params[name] for name in names}, ports=[params["port"], params["port"] + 1],
+    agent = None
+    if params["agent_ca_file"]:
+        agent = {"paths": {"ca_file": params["agent_ca_file"], "token_file": params["agent_token_file"]},
+                 "token_given": params["agent_token_given"]}
+    return dict({name: params[name] for name in names}, agent=agent, ports=[params["port"], params["port"] + 1],
                 pod_cidrs=[canonical_cidr(text) for text in known["pod_cidrs"]],
                 node_addresses=[canonical_address(text) for text in known["node_addresses"]])
 
@@ -487,6 +509,8 @@ def run(module):
         found += _preflight.findings(facts, settings)
         path = _preflight.data_path(facts)
         result.update(data_path=path["name"] if path else None, implementation=implementation_of(facts, params["implementation"]))
+    elif settings["agent"] is not None:
+        found += _preflight.agent_findings(_preflight_facts.read_agent_facts(System(module), settings), settings)
     result["listener"] = listen(module, settings)
     if targets is not None:
         part, between = ask(module, settings, targets)
@@ -516,6 +540,9 @@ def main():
             "mtu": {"type": "int"},
             "pod_cidrs": {"type": "list", "elements": "str"},
             "node_addresses": {"type": "list", "elements": "str"},
+            "agent_ca_file": {"type": "path"},
+            "agent_token_file": {"type": "path", "no_log": False},
+            "agent_token_given": {"type": "bool", "default": False},
             "listen": {"type": "str", "choices": ["start", "stop"]},
             "listen_seconds": {"type": "int", "default": 120},
             "nonce": {"type": "str"},
@@ -531,6 +558,7 @@ def main():
             "timeout": {"type": "float", "default": 20},
             "fail_on_error": {"type": "bool", "default": False},
         },
+        required_by={"agent_token_file": ("agent_ca_file",)},
         mutually_exclusive=[("targets", "targets_file", "targets_src")],
         supports_check_mode=True,
     )

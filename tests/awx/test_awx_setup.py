@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fake_awx import TOKEN, FakeAWX, Server
 
 PLAYBOOKS = ("enable", "reconcile", "rotate_keys", "disable", "status")
+AGENT_TOKEN = "agent-token-of-the-test"
 PSK = "preshared-secret-of-the-test-0123456789"
 KUBECONFIG = "apiVersion: v1 # kubeconfig-of-the-test"
 CA = "-----BEGIN CERTIFICATE-----\nof-the-test\n-----END CERTIFICATE-----\n"
 NOTIFIED = {"mesh_awx_notification_type": "slack", "mesh_awx_notification_configuration": {"channels": ["#mesh"], "token": "slack-token-x"}}
 ALL = dict(NOTIFIED, mesh_awx_organization="Default", mesh_awx_image="registry.example/kubemesh-ee:1.0.0", mesh_awx_kubeconfig=KUBECONFIG,
-           mesh_awx_psk_secret=PSK, mesh_awx_credentials=["ssh"], mesh_awx_inventory_variables={"ansible_user": "root"},
-           mesh_awx_notifications=["on call"])
+           mesh_awx_psk_secret=PSK, mesh_awx_agent_token=AGENT_TOKEN, mesh_awx_credentials=["ssh"],
+           mesh_awx_inventory_variables={"ansible_user": "root"}, mesh_awx_notifications=["on call"])
 LEAST = {"mesh_awx_organization": "Default", "mesh_awx_image": "registry.example/kubemesh-ee:1.0.0"}
 RECAP = re.compile(r"^localhost\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 
@@ -63,16 +64,20 @@ def setup(awx, tmp_path, settings, *args, rc=0, token=TOKEN):
 
 def test_everything_is_made_once_and_taken_away_again(awx, tmp_path):
     before = awx.names()
+    changed, text = setup(awx, tmp_path, ALL, "--check", "--diff")
+    assert changed == 1 and "job templates for enable, reconcile, rotate_keys, disable, status" in " ".join(text.split())
+    assert awx.written == []
     changed, text = setup(awx, tmp_path, ALL, "-vvv")
     assert changed > 0
-    for secret in (PSK, KUBECONFIG, "slack-token-x", TOKEN):
+    for secret in (PSK, AGENT_TOKEN, KUBECONFIG, "slack-token-x", TOKEN):
         assert secret not in text
     made(awx)
 
     awx.written.clear()
-    changed, text = setup(awx, tmp_path, ALL)
-    assert changed == 0, text
-    assert awx.written == []
+    for arguments in ([], ["--check"]):
+        changed, text = setup(awx, tmp_path, ALL, *arguments)
+        assert changed == 0, text
+        assert awx.written == []
 
     changed, text = setup(awx, tmp_path, dict(ALL, mesh_awx_state="absent"))
     assert changed > 0
@@ -104,7 +109,7 @@ def made(awx):
         assert [template[field] for field in ("allow_simultaneous", "use_fact_cache", "ask_job_slice_count_on_launch")] == [False] * 3
         assert [template[field] for field in ("ask_limit_on_launch", "ask_variables_on_launch", "survey_enabled")] == [True] * 3
         assert sorted(item["name"] for item in awx.associated(template, "credentials")) == [
-            "kubemesh kubeconfig", "kubemesh preshared secret", "ssh"]
+            "kubemesh agent token", "kubemesh kubeconfig", "kubemesh preshared secret", "ssh"]
         assert sorted(item["name"] for item in awx.associated(template, "notification_templates_error")) == ["kubemesh failures", "on call"]
         assert not awx.associated(template, "notification_templates_success")
         assert awx.surveys[template["id"]]["spec"]
@@ -118,14 +123,18 @@ def secrets(awx, variables):
     """Secrets are in credentials, jobs get them as files, and what anyone can read has no secret in it."""
     assert variables == {
         "ansible_user": "root",
+        "mesh_agent_token": "{{ lookup('ansible.builtin.file', lookup('ansible.builtin.env', 'MESH_AGENT_TOKEN_FILE')) }}",
         "mesh_psk_secret": "{{ lookup('ansible.builtin.file', lookup('ansible.builtin.env', 'MESH_PSK_SECRET_FILE')) }}"}
-    kubeconfig, psk = (awx.find("credential_types", name="kubemesh " + name) for name in ("kubeconfig", "preshared secret"))
-    for kind in (kubeconfig, psk):
+    kubeconfig, psk, agent = (awx.find("credential_types", name="kubemesh " + name)
+                              for name in ("kubeconfig", "preshared secret", "agent token"))
+    for kind in (kubeconfig, psk, agent):
         assert "extra_vars" not in kind["injectors"] and all(field["secret"] for field in kind["inputs"]["fields"])
         assert all("tower.filename." in value for value in kind["injectors"]["env"].values())
     assert kubeconfig["injectors"]["env"]["K8S_AUTH_KUBECONFIG"] == "{{ tower.filename.kubeconfig }}"
     assert psk["injectors"]["file"] == {"template.psk": "{{ psk_secret }}"}
     assert awx.find("credentials", name="kubemesh preshared secret")["inputs"] == {"psk_secret": PSK}
+    assert agent["injectors"]["file"] == {"template.token": "{{ agent_token }}"}
+    assert awx.find("credentials", name="kubemesh agent token")["inputs"] == {"agent_token": AGENT_TOKEN}
     assert awx.find("credentials", name="kubemesh kubeconfig")["inputs"] == {"kubeconfig": KUBECONFIG}
 
 

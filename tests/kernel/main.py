@@ -75,8 +75,9 @@ def main():
             function(env)
         except Skip as exc:
             outcome, message = "skipped", str(exc)
-        except BaseException:
-            outcome, message = "failed", traceback.format_exc()
+        except BaseException as exc:
+            # What went wrong first: a summary shows only the beginning.
+            outcome, message = "failed", "%s: %s\n%s" % (type(exc).__name__, exc, traceback.format_exc())
         signal.alarm(0)
         seconds = round(time.monotonic() - start, 2)
         print("%-7s %6.1f s  %s" % (outcome, seconds, name), flush=True)

@@ -243,13 +243,13 @@ def test_the_kernel_is_changed_by_others(cluster):
     agent looks every 60 to 90 s."""
     lab = cluster.lab
     rules = text_of(lab, "node-1", "ip rule; ip -6 rule")
-    peer = cluster.published()["node-4"][0]
+    (generation, peer), = cluster.published()["node-4"].items()
     repairs = {node: cluster.agent_state(node)["counts"]["repairs"] for node in lab.nodes[:3]}
     # Packets of a peer that is removed are lost until it is there again.
     with watched(cluster, pair=("node-3", "node-4")):
         text_of(lab, "node-1", "ip rule del pref 400; ip -6 rule del pref 400; ip rule del pref 401")
         text_of(lab, "node-2", "ip route flush table 51840; ip -6 route flush table 51841")
-        text_of(lab, "node-3", "wg set wgmesh0 peer %s remove" % peer)
+        text_of(lab, "node-3", "wg set wgmesh%d peer %s remove" % (generation, peer))
         assert text_of(lab, "node-1", "ip rule; ip -6 rule") != rules
         cluster.wait_agents(lambda state: state["counts"]["repairs"] > min(repairs.values()), "repaired", lab.nodes[:3], seconds=120)
         cluster.wait_kernel()

@@ -324,6 +324,35 @@ def test_own_key_is_published_and_a_refusal_is_no_obstacle(lab):
     lab.wait(lambda: lab.api.get("nodes", "a")["metadata"]["annotations"].get(agentlab.KEY) == lab.keys["a"][1], "the annotation of a")
 
 
+def test_a_node_that_the_api_forgot_tells_it_and_keeps_what_it_has(lab):
+    uid = lab.api.get("nodes", "a")["metadata"]["uid"]
+    accepted = lab.allowed("a")
+    lab.api.delete("nodes", "a")
+    lab.wait(lambda: "the Node of this node was deleted" in lab.state("a")["hindrance"], "what is in the way in the state of a")
+    # b does not accept it any more, so nothing is sent there; what a accepts from b, and what it knows, stays.
+    lab.wait(lambda: lab.sends_to("a") and lab.rules("a") == 0 and lab.keys["a"][1] not in lab.allowed("b"), "a that sends nothing")
+    assert lab.allowed("a") == accepted and lab.state("a")["nodes"] == 2 and lab.agents["a"].poll() is None
+    lab.api.apply("nodes", lab.node("a", uid=uid))
+    lab.whole("a", "b")
+    lab.wait(lambda: lab.state("a")["hindrance"] == "", "a with nothing in its way")
+
+
+def test_a_wrong_key_is_tried_beside_the_one_in_use(lab):
+    wrong, right = netlab.new_key()[1], lab.keys["b"][1]
+    accepted = lab.allowed("a")[right]
+    # b would put it right at once
+    lab.api.refuse("patch", "nodes")
+    lab.api.patch("nodes", "b", {"metadata": {"annotations": {agentlab.KEY: wrong}}})
+    lab.wait(lambda: wrong in lab.allowed("a") and any("holds another key" in text for text in lab.state("a")["warnings"]),
+             "the other key of b at a, and a warning")
+    # It gets nothing but the address that it is asked at, and that nobody answers.
+    assert lab.allowed("a") == {right: accepted, wrong: {_mesh.probe_address(wrong) + "/128"}} and lab.sends_to("a", "b")
+    assert lab.ping("a", "10.244.2.1")
+    lab.api.patch("nodes", "b", {"metadata": {"annotations": {agentlab.KEY: right}}})
+    lab.wait(lambda: lab.allowed("a") == {right: accepted}, "a without the other key")
+    assert lab.sends_to("a", "b")
+
+
 def test_metrics(lab):
     lab.net.exec("a", "ping", "-c", "1", "-W", "5", "-I", lab.net.address("a"), "10.244.2.1")
     lab.wait(lambda: 'kubemesh_peer_encrypted{peer="b"} 1' in (lab.place("a") / "state" / "kubemesh.prom").read_text(), "metrics of a")

@@ -21,8 +21,11 @@ from xml.etree import ElementTree
 import prepare
 from prepare import TESTS
 
-# Characters of a failed test's message in the summary: the end of it says what was wrong. The whole is in the log.
+# Characters of a failed test's message in the summary: the beginning of it says what was wrong. The whole is in the log.
 FAILURE_TEXT = 1500
+
+# Lines of a tool's output in the summary, and characters of each. A linter says last what it found; a command line can be long.
+FAILURE_LINES, LINE_TEXT = 8, 300
 
 
 @dataclasses.dataclass
@@ -163,7 +166,7 @@ def count_junit(paths):
                 counts[key] += int(suite.get(key) or 0)
         for case in root.iter("testcase"):
             for found in [*case.iter("failure"), *case.iter("error")]:
-                failures.append((case.get("name"), (found.get("message") or "")[-FAILURE_TEXT:]))
+                failures.append((case.get("name"), (found.get("message") or "")[:FAILURE_TEXT]))
     if not seen:
         return None
     failed = counts["failures"] + counts["errors"]
@@ -489,7 +492,7 @@ def collections_path(context):
 LAB_FILES = {
     "lab-self": ("test_lab_self.py",),
     "lab-runner": ("test_runner.py",),
-    "lab-agent": ("test_agent.py", "test_published_keys.py"),
+    "lab-agent": ("test_agent.py", "test_pod_sources.py", "test_published_keys.py"),
     "lab-variants": ("test_variants.py",),
     "lab-kill": ("test_kill.py",),
     "eda-lab": ("test_eda.py",),

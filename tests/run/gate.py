@@ -100,6 +100,12 @@ class Context:
             raise Failed(f"{Path(command[0]).name} ended with {status}")
         return status
 
+    def said(self):
+        """The last lines of the log, those of its commands left out."""
+        self._log.flush()
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line[:checks.LINE_TEXT] for line in lines if line.strip() and not line.startswith("$ ")][-checks.FAILURE_LINES:]
+
     def stop(self):
         """End the program that runs now, and what it started: politely, so that it can clean up, then for good."""
         process = self._process
@@ -166,7 +172,7 @@ class Gate:
             result = reason.result
             passed, failed, skipped = result.passed, max(result.failed, 1), result.skipped
             note = f"{reason}"
-            failures = result.failures or [("", str(reason))]
+            failures = result.failures or [("", "\n".join([str(reason), *context.said()]))]
             context.log(str(reason))
         except PrepareError as reason:
             note = str(reason).splitlines()[0]

@@ -31,7 +31,9 @@ def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventor
     (tmp_path / "inventory.json").write_text(json.dumps(hosts))
     (tmp_path / "variables.json").write_text(json.dumps(variables or {}))
     environment = dict(
-        {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+        {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "K8S_AUTH_", "KUBECONFIG"))},
+        # No kubeconfig of whoever runs the tests
+        HOME=str(tmp_path),
         ANSIBLE_COLLECTIONS_PATH=str(REPOSITORY.parents[2]), ANSIBLE_LOCALHOST_WARNING="false", ANSIBLE_HOME=str(tmp_path / "home"),
         ANSIBLE_REMOTE_TEMP=str(tmp_path / "remote"), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", TMPDIR=str(tmp_path))
     done = subprocess.run(
@@ -67,3 +69,34 @@ def test_a_strategy_that_lets_hosts_run_ahead_is_refused(tmp_path, strategy):
     code, text = run(tmp_path, playbook=playbook)
     assert code != 0 and "Refuse a play with strategy free: the stages of the mesh need all nodes" in text, text
     assert "TASK [kubemesh.wireguard.mesh : Claim" not in text and "UNREACHABLE" not in text
+
+
+AGENT = {"mesh_agent": True, "mesh_agent_server": "https://192.0.2.10:6443"}
+
+
+@pytest.mark.parametrize("variables, words", [
+    (dict(AGENT, mesh_agent_server=""), "the agent needs mesh_agent_server"),
+    (dict(AGENT, mesh_nodes_source="inventory"), "cannot be used with mesh_nodes_source inventory"),
+    (dict(AGENT, mesh_pod_cidrs_query="spec.podCIDRs"), "cannot be used with mesh_node_addresses_query, mesh_pod_cidrs_query"),
+    (dict(AGENT, mesh_node_addresses_query="a"), "it knows the default queries only"),
+    (dict(AGENT, mesh_endpoint_query="a"), "it knows the default queries only"),
+    (dict(AGENT, mesh_pod_source="pods", mesh_pod_cidrs=["10.244.1.0/24"]), "mesh_pod_cidrs is set for host h0: with mesh_agent")])
+def test_an_agent_that_could_not_do_its_work_is_refused(tmp_path, variables, words):
+    code, text = run(tmp_path, variables)
+    assert code == 2 and words in " ".join(text.split()) and "unreachable=1" not in text, text
+
+
+def test_an_agent_is_refused_where_auto_finds_no_cluster(tmp_path):
+    """Only the preflight knows: there is no kubeconfig and no control plane, so the inventory is left."""
+    playbook = tmp_path / "own.yml"
+    playbook.write_text(json.dumps([{
+        "hosts": "k8s_cluster", "gather_facts": False, "tasks": [
+            {"name": "Preflight", "ansible.builtin.include_role": {"name": "kubemesh.wireguard.mesh", "tasks_from": "preflight"},
+             "vars": {"__mesh_workdir": str(tmp_path), "__mesh_previous": []}}]}]))
+    hosts = {"h%d" % number: dict(NOBODY, mesh_pod_cidrs=["10.244.%d.0/24" % number], mesh_node_addresses=["192.0.2.%d" % (number + 20)])
+             for number in range(2)}
+    code, text = run(tmp_path, AGENT, playbook=playbook, inventory={"k8s_cluster": {"hosts": hosts}})
+    words = " ".join(text.split())
+    assert code == 2 and "mesh_agent: the list of nodes comes from the inventory" in words, text
+    assert "TASK [kubemesh.wireguard.mesh : Look at" not in words, text
+    assert "Set mesh_nodes_source to kubernetes or kubectl" in words and "unreachable=1" not in text, text

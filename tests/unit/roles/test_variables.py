@@ -19,7 +19,7 @@ ROLE = REPOSITORY / "roles" / "mesh"
 # mesh_hosts belongs to the playbooks, mesh_node_facts is what the role keeps of a node, mesh_run_summary what a workflow hands on.
 NOT_OF_THE_SPECS = {"mesh_hosts", "mesh_node_facts", "mesh_run_summary"}
 # Variables that belong to no playbook
-OF_ONE_ENTRY_POINT = {"rbac": {"mesh_rbac_state"}}
+OF_ONE_ENTRY_POINT = {"rbac": {"mesh_rbac_agent_policy", "mesh_rbac_state"}}
 
 
 def load(path):
@@ -182,7 +182,8 @@ def test_variables_of_mesh_awx_are_those_of_its_specs():
 def test_secrets_of_mesh_awx_are_not_logged():
     """What becomes a credential, and what a module gets of it."""
     hidden = {name for name, option in AWX_OPTIONS.items() if option.get("no_log")}
-    assert hidden == {"mesh_awx_kubeconfig", "mesh_awx_kubernetes_token", "mesh_awx_psk_secret", "mesh_awx_notification_configuration"}
+    assert hidden == {"mesh_awx_kubeconfig", "mesh_awx_kubernetes_token", "mesh_awx_psk_secret", "mesh_awx_agent_token",
+                      "mesh_awx_notification_configuration"}
     for task in tasks_of(load(AWX / "tasks" / "present.yml")):
         text = yaml.safe_dump({key: value for key, value in task.items() if key != "block"})
         if any(re.search(r"(?<!_)%s\b" % name, text) for name in hidden):

@@ -418,10 +418,15 @@ class TestAccount:
         api.add_resource("api/v1", "serviceaccounts", "ServiceAccount", namespaced=True)
         api.add_resource(rbac, "clusterroles", "ClusterRole")
         api.add_resource(rbac, "clusterrolebindings", "ClusterRoleBinding")
+        admission = "apis/admissionregistration.k8s.io/v1"
+        policies = ("validatingadmissionpolicies", "validatingadmissionpolicybindings")
+        for plural, kind in zip(policies, ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")):
+            api.add_resource(admission, plural, kind)
 
-        def run(state, *options):
+        def run(state, *options, policy=False):
             role = {"ansible.builtin.import_role": {"name": "kubemesh.wireguard.mesh", "tasks_from": "rbac"},
-                    "vars": {"mesh_rbac_state": state, "mesh_kubeconfig": str(tmp_path / "kubeconfig")}}
+                    "vars": {"mesh_rbac_state": state, "mesh_rbac_agent_policy": policy,
+                             "mesh_kubeconfig": str(tmp_path / "kubeconfig")}}
             rc, output = playbook({"all": {"hosts": {"localhost": LOCAL}}}, [role], *options)
             assert rc == 0, output
             return "changed=1" in output
@@ -436,3 +441,9 @@ class TestAccount:
         assert not run("present")
         assert run("absent") and there() == [1, 0, 0, 0], "the agents have an account in the namespace as well"
         assert not run("absent")
+
+        assert run("present", policy=True) and [api.names(plural) for plural in policies] == [["kubemesh-node-agent"]] * 2
+        assert api.get(policies[1], "kubemesh-node-agent")["spec"]["policyName"] == "kubemesh-node-agent"
+        assert not run("present", policy=True)
+        assert run("absent") and there() == [1, 0, 0, 0] and api.names(policies[0]) == ["kubemesh-node-agent"], "only what is asked for"
+        assert run("absent", policy=True) and [api.names(plural) for plural in policies] == [[], []]

@@ -101,9 +101,11 @@ GOOD = {"mesh_awx_image": "registry.example/ee", "mesh_awx_reconcile_rrule": "DT
       "mesh_awx_kubeconfig": "secret-x"}, "take the other"),
     ({"mesh_awx_psk_secret": "secret-x"}, "32 characters"),
     ({"mesh_awx_psk_secret": "secret-x" * 4, "mesh_awx_inventory": "ours"}, "mesh_awx_inventory"),
+    ({"mesh_awx_agent_token": "secret-x", "mesh_awx_inventory": "ours"}, "give it mesh_agent_token as the guide shows"),
     ({"mesh_awx_notification_type": "slack"}, "mesh_awx_notification_configuration"),
     ({"mesh_awx_reconcile_rrule": "RRULE:FREQ=HOURLY"}, "DTSTART"),
-    ({"mesh_awx_inventory_variables": {"mesh_psk_secret": "secret-x"}}, "mesh_awx_psk_secret")])
+    ({"mesh_awx_inventory_variables": {"mesh_psk_secret": "secret-x"}}, "mesh_awx_psk_secret"),
+    ({"mesh_awx_inventory_variables": {"mesh_agent_token": "secret-x"}}, "mesh_awx_agent_token")])
 def test_faults(settings, word):
     found = FILTERS["awx_faults"](dict(GOOD, **settings))
     assert len(found) == 1 and word in found[0] and "secret-x" not in found[0]

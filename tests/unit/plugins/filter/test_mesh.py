@@ -282,6 +282,9 @@ def test_all_findings():
     ({"rc": 1}, ["the node list cannot be read"])])
 def test_findings_of_a_node_list_that_failed(failed, messages):
     found = FILTERS["all_findings"](["a"], {"a": {"__mesh_computed": dict(failed, failed=True)}})
+    # before what follows from it: a run ends with the first
+    other = {"a": {"__mesh_computed": dict(failed, failed=True), "__mesh_local": {"findings": [FINDING]}}}
+    assert FILTERS["all_findings"](["a"], other)[0] == found[0]
     assert [item["message"] for item in found] == messages and {item["level"] for item in found} == {"error"}
 
 

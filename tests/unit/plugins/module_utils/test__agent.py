@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import documents
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_guard, _agent_plan, _mesh, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_guard, _agent_plan, _mesh, _pods, _wg_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_watch import ApiError
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
@@ -44,6 +44,9 @@ class Kernel:
     def look(self, generation, whole):
         self.reads += int(whole)
         return {}, self.state, self.routes()
+
+    def sends_all(self):
+        return True
 
     def withdraw(self):
         self.withdrawn += 1
@@ -122,6 +125,34 @@ def test_an_agent_that_was_killed_while_a_run_held_the_lock_knows_what_the_kerne
     last = started(agent.config)
     last.tick()
     assert set(last.kernel.applied[0]["nodes"]) == {"w1", "w2", "w3"}
+
+
+def accepted(prefix):
+    """A peer of a device state."""
+    return {"endpoint": None, "allowed_ips": [prefix], "keepalive": 0, "has_preshared_key": False, "last_handshake": 0.0, "rx_bytes": 0,
+            "tx_bytes": 0}
+
+
+def test_who_has_lost_what_it_knew_takes_nothing_away_before_it_knows_again(agent):
+    """A node that joined since the last run is in the kernel, and not in the document of that run."""
+    agent.kernel.state["peers"] = {documents.key(number): accepted("10.244.%d.0/24" % number) for number in (2, 3)}
+    agent.tick()
+    assert agent.blind and "memory.json" in agent.trouble and not agent.kernel.converged
+    agent.on_listed(listing(1, 2, 3))
+    agent.now += 1
+    agent.tick()
+    assert not agent.blind and not agent.trouble and agent.kernel.converged == [["w1", "w2", "w3"]]
+    # and who knows, takes away what is not wanted
+    again = started(agent.config)
+    again.kernel.state["peers"] = dict(agent.kernel.state["peers"], other=accepted("10.244.9.0/24"))
+    again.tick()
+    assert again.kernel.converged and not again.trouble
+
+
+def test_who_knows_nothing_works_where_the_kernel_is_as_the_last_run_left_it(agent):
+    agent.kernel.state["peers"] = {documents.key(2): accepted("10.244.2.0/24")}
+    agent.tick()
+    assert not agent.blind and agent.kernel.converged == [["w1", "w2"]]
 
 
 def test_after_a_reboot_the_kernel_holds_what_the_last_run_left(agent, monkeypatch):
@@ -212,6 +243,29 @@ def test_who_is_gone_from_a_list_goes_when_another_says_so_too(agent):
     assert set(agent.document["nodes"]) == {"w1"}
 
 
+def test_what_a_list_of_pods_lacks_is_asked_for_again(agent):
+    it = started(dict(agent.config, pod_source="pods"))
+    it.pod_followers["Pod"].list_again = lambda: it.lists.append("Pod")
+    pods = {"d/p%d" % number: _pods.REDUCERS["Pod"]({
+        "metadata": {"name": "p%d" % number, "namespace": "d"}, "spec": {"nodeName": "w1"},
+        "status": {"phase": "Running", "podIPs": [{"ip": "10.244.1.%d" % number}]}}) for number in (1, 2)}
+    it.on_listed(listing(1, 2))
+    it.on_pods(("Pod", "listed", pods))
+    it.on_pods(("Pod", "back", None))
+    it.on_pods(("Pod", "listed", {"d/p1": pods["d/p1"]}))
+    it.now += 59
+    it.tick()
+    assert it.lists == []
+    for dummy in range(3):
+        it.now += _agent.GONE_AGAIN
+        it.tick()
+    assert it.lists == ["Pod"] and set(it.pods.found["Pod"]) == set(pods)
+    it.on_pods(("Pod", "listed", {"d/p1": pods["d/p1"]}))
+    it.now += _agent.GONE_AGAIN
+    it.tick()
+    assert it.lists == ["Pod"] and set(it.pods.found["Pod"]) == {"d/p1"}
+
+
 def peers(doc):
     """The peers of a device that is as a document says, for w1."""
     steps = [dict(peer, op="add_peer", public_key=key) for key, peer in _mesh.peers_of(doc, "w1", 0).items()]
@@ -223,6 +277,14 @@ def kubelets(number):
     again = node(number)
     again["metadata"].update(uid="again", annotations={})
     return _agent_plan.reduced(again)
+
+
+def offered_nothing(it):
+    """Whether no patch is sent, nor on its way."""
+    for thread in threading.enumerate():
+        if thread.name == "publisher":
+            thread.join()
+    return it.client.patches.empty()
 
 
 def test_who_is_forgotten_stops_sending_and_goes_on_when_the_others_can_know_its_key(agent):
@@ -248,27 +310,32 @@ def test_who_is_forgotten_stops_sending_and_goes_on_when_the_others_can_know_its
     agent.now = agent.due["compare"]
     agent.tick()
     assert "without its key" in agent.trouble and len(agent.kernel.converged) == done
-    # it offers its key at once, though it is the same as ever
-    assert agent.client.patches.get(timeout=20) == ("/api/v1/nodes/w1", {"metadata": {"annotations": {
-        "kubemesh.wireguard/public-key-0": documents.key(1)}}})
-    agent.on_event(("w1", _agent_plan.reduced(node(1))))
+    # a run gives it the key, by what it found on the machine
+    assert offered_nothing(agent)
+    again = node(1)
+    again["metadata"]["uid"] = "again"
+    agent.on_event(("w1", _agent_plan.reduced(again)))
     agent.now += 1
     agent.tick()
     assert agent.trouble == "" and len(agent.kernel.converged) == done + 1
 
 
-def test_the_key_is_offered_to_each_new_node_object_but_not_all_the_time(agent):
-    for dummy in range(3):
-        agent.on_listed(dict(listing(2), w1=kubelets(1)))
+def test_the_key_is_offered_to_the_node_of_the_document_but_not_all_the_time(agent):
+    for key in ("", documents.key(7), documents.key(8)):
+        # also where somebody writes others all the time
+        agent.on_listed(dict(listing(2), w1=other_key(1, key)))
         agent.publish(agent.now)
-    assert agent.client.patches.get(timeout=20) and agent.client.patches.empty()
-    agent.on_event(("w1", kubelets(1)[:1] + ([],)))
-    agent.roster["members"]["w1"]["uid"] = "third"
-    agent.publish(agent.now)
-    assert agent.client.patches.get(timeout=20)
+    # The API refuses it for another Node, which may have come since.
+    assert agent.client.patches.get(timeout=20) == ("/api/v1/nodes/w1", {"metadata": {"uid": "u1", "annotations": {
+        "kubemesh.wireguard/public-key-0": documents.key(1)}}})
     agent.now += _agent.PUBLISH_AGAIN
     agent.publish(agent.now)
     assert agent.client.patches.get(timeout=20)
+    # The same name, and perhaps another machine
+    agent.on_event(("w1", kubelets(1)))
+    agent.now += _agent.PUBLISH_AGAIN
+    agent.publish(agent.now)
+    assert offered_nothing(agent)
 
 
 def test_what_was_known_of_peers_that_left_unproven_is_forgotten(agent):

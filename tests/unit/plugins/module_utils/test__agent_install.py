@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +14,9 @@ import sys
 import pytest
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_install as install
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan
+
+PROGRAM = install.PACKAGE + "._agent"
 
 
 @pytest.fixture
@@ -71,6 +76,22 @@ def test_an_installation_that_was_interrupted_is_ended_by_the_next_one(node):
         assert plan(text) == []
 
 
+def test_nothing_is_left_to_the_group_of_the_service(monkeypatch, tmp_path):
+    folder, changed = tmp_path / "kubemesh", []
+    (folder / "below").mkdir(parents=True)
+    for name in ("mesh.json", "below/routes", "dangling"):
+        (folder / name).symlink_to("/nowhere") if name == "dangling" else (folder / name).write_text("")
+    monkeypatch.setattr(install, "CONFIG_FOLDER", str(folder))
+    monkeypatch.setattr(install, "LOCK_FOLDER", str(tmp_path / "none"))
+    monkeypatch.setattr(install.os, "lchown", lambda path, uid, gid: changed.append((path, uid, gid)))
+    install.disown(os.getgid() + 1)
+    assert changed == []
+    install.disown(folder.stat().st_gid)
+    assert {path for path, dummy, dummy2 in changed} == {str(folder), str(folder / "below"), str(folder / "below/routes"),
+                                                         str(folder / "mesh.json"), str(folder / "dangling")}
+    assert {rest for dummy, *rest in map(tuple, changed) for rest in [tuple(rest)]} == {(-1, 0)}
+
+
 def test_an_installation_that_was_interrupted_is_removed(node, library):
     with pytest.raises(Killed):
         install.apply_present(System(0), install.plan_present("{}\n", "token", "/p", False, [], {"start.py": ""}), "token",
@@ -84,7 +105,7 @@ def test_an_installation_that_was_interrupted_is_removed(node, library):
 
 def test_program_is_whole_and_needs_nothing_else(library):
     """It runs with the standard library alone, from its own directory, and says what it lacks."""
-    files = install.program_files(install.source_of)
+    files = install.program_files(install.source_of, PROGRAM)
     install.install_program(files)
     done = subprocess.run([sys.executable, "-I", "-S", str(library / "agent" / "start.py"), "/nowhere/agent.json"], capture_output=True,
                           text=True, timeout=60, check=False, cwd="/")
@@ -93,7 +114,7 @@ def test_program_is_whole_and_needs_nothing_else(library):
 
 
 def test_program_changes_in_one_step_and_old_ones_go(library):
-    files = install.program_files(install.source_of)
+    files = install.program_files(install.source_of, PROGRAM)
     install.install_program(files)
     first = install.linked()
     assert first == install.folder_of(files) and install.is_complete(first, files)
@@ -105,7 +126,7 @@ def test_program_changes_in_one_step_and_old_ones_go(library):
 
 
 def test_a_damaged_program_is_written_again(library):
-    files = install.program_files(install.source_of)
+    files = install.program_files(install.source_of, PROGRAM)
     install.install_program(files)
     path = os.path.join(install.linked(), "start.py")
     with open(path, "a", encoding="utf-8") as handle:
@@ -164,3 +185,43 @@ def test_the_token_is_in_no_step(library, monkeypatch, tmp_path):
     assert "secret" not in repr(steps)
     assert not [step for step in install.plan_present("{}\n", "old-secret", "/p", False, [], files) if step["op"] == "write_token"]
     assert not [step for step in install.plan_present("{}\n", None, "/p", False, [], files) if step["op"] == "write_token"]
+
+
+def test_the_program_imports_nothing_that_it_does_not_need(library):
+    """It stays in the memory of every node: what only the controller's side needs is imported where that begins."""
+    install.install_program(install.program_files(install.source_of, PROGRAM))
+    code = "import sys; sys.path.insert(0, %r); import %s; print(sorted({'concurrent.futures', 'logging'} & set(sys.modules)))" % (
+        str(library / "agent"), PROGRAM)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == "[]\n"
+
+
+# --- what the service reads, and what it says -----------------------------------------------------------------------------------------
+
+class Told:
+    """The state that an agent writes, as it is found at each look, and a clock that goes on while nobody looks."""
+
+    def __init__(self, monkeypatch, tmp_path, *texts):
+        self.path, self.texts, self.now, self.looks = tmp_path / "state.json", iter(texts), 0.0, 0
+        monkeypatch.setattr(install, "STATE_FILE", str(self.path))
+        self.pause(0)
+
+    def pause(self, seconds):
+        self.now += seconds
+        self.looks += 1
+        text = next(self.texts)
+        if text is not None:
+            state = _agent_plan.state_of(None, text, "", [], None, set(), "", {}, 0)
+            self.path.write_text(json.dumps(dict(state, base=None, guard="off")))
+
+
+def test_the_api_is_waited_for_until_the_agent_watches(monkeypatch, tmp_path):
+    told = Told(monkeypatch, tmp_path, None, "not reached yet", "ca_file: /ca cannot be used", "watching", "too late")
+    assert install.wait_for_api(lambda: told.now, told.pause) == "watching" and told.looks == 4
+
+
+@pytest.mark.parametrize("text", ["token_file: /t cannot be read: Permission denied", None])
+def test_the_api_is_not_waited_for_without_end(monkeypatch, tmp_path, text):
+    told = Told(monkeypatch, tmp_path, *itertools.repeat(text, 1000))
+    assert install.wait_for_api(lambda: told.now, told.pause) == text
+    assert install.API_SECONDS <= told.now <= install.API_SECONDS + 1

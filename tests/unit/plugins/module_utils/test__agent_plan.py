@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import documents
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as plan
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _routes_plan, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _membership, _mesh, _published_keys, _routes_plan, _wg_plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
 KEY0 = "kubemesh.wireguard/public-key-0"
@@ -270,9 +270,29 @@ def test_fields_that_vanish_take_nothing_away(field, who):
     assert after["nodes"] == previous["nodes"]
     assert len(texts) == 1 and "any more, for %s:" % ", ".join("w%d" % number for number in who) in texts[0]
     # and what is right again is followed
-    after, texts = plan.next_document(after, plan.listed(found, {"w2": plan.reduced(node(2, node_addresses=["198.18.7.7"])), **{
-        "w%d" % number: plan.reduced(node(number)) for number in (1, 3, 4, 5)}})[0], remembered, CONFIG, 0.0)
-    assert after["nodes"]["w2"]["node_addresses"] == ["198.18.7.7"] and texts == []
+    right = dict({"w%d" % number: plan.reduced(node(number)) for number in (1, 3, 4, 5)},
+                 w2=plan.reduced(node(2, node_addresses=["198.18.7.7", "2001:db8::7"])))
+    after, texts = plan.next_document(after, plan.listed(found, right)[0], remembered, CONFIG, 0.0)
+    assert after["nodes"]["w2"]["node_addresses"] == ["198.18.7.7", "2001:db8::7"] and texts == []
+
+
+@pytest.mark.parametrize("field", ["pod_cidrs", "node_addresses"])
+def test_a_family_that_vanishes_takes_nothing_away(field):
+    previous = document(1, 2)
+    remembered = plan.adopt(previous, roster(node(1), node(2)), "node_cidrs")
+    here = {"pod_cidrs": ["10.244.2.0/24"], "node_addresses": ["198.18.0.12"]}[field]
+    after, texts = plan.next_document(previous, roster(node(1), node(2, **{field: here})), remembered, CONFIG, 0.0)
+    assert after["nodes"] == previous["nodes"] and len(previous["nodes"]["w2"][field]) == 2
+    assert len(texts) == 1 and "of a family, any more, for w2:" in texts[0]
+    # another family may be followed meanwhile, and what another Node has now is not kept from it
+    moved = {"pod_cidrs": ["10.245.2.0/24"], "node_addresses": ["198.18.7.7"]}[field]
+    lost = next(text for text in previous["nodes"]["w2"][field] if ":" in text)
+    after, texts = plan.next_document(previous, roster(node(1), node(2, **{field: moved})), remembered, CONFIG, 0.0)
+    assert sorted(after["nodes"]["w2"][field]) == sorted([*moved, lost]) and texts
+    other = {"pod_cidrs": ["10.244.3.0/24", lost], "node_addresses": ["198.18.0.13", lost]}[field]
+    found = roster(node(1), node(2, **{field: here}), node(3, **{field: other}))
+    after, texts = plan.next_document(previous, found, remembered, CONFIG, 0.0)
+    assert after["nodes"]["w2"][field] == here and after["nodes"]["w3"][field] == other and texts == []
 
 
 @pytest.mark.parametrize("other", [[], [node(6, annotations={KEY0: documents.key(2)})]])
@@ -401,8 +421,23 @@ def test_what_a_node_publishes_of_itself(keys, published, wanted):
     doc = document(1, 2)
     doc["nodes"]["w1"]["public_keys"] = keys
     own = roster(node(1, annotations=published))["members"]["w1"]
-    assert plan.keys_to_publish(doc, own) == wanted
-    assert plan.keys_to_publish(document(2), own) == {}
+    patch = plan.own_patch(doc, own)
+    assert (_published_keys.body_of(patch) if patch else {}) == (
+        {"metadata": {"uid": own["uid"], "annotations": wanted}} if wanted else {})
+    assert plan.own_patch(document(2), own) is None
+
+
+@pytest.mark.parametrize("of_document, of_node, offers", [
+    ("u1", "u1", True), ("u1", "again", False),
+    # A document that was made of an inventory says nothing about Node objects.
+    ("", "u1", True)])
+def test_a_key_is_not_offered_to_a_node_that_may_be_another_machine(of_document, of_node, offers):
+    doc = document(1, 2)
+    doc["nodes"]["w1"]["uid"] = of_document
+    own = roster(node(1, uid=of_node, annotations={}))["members"]["w1"]
+    patch = plan.own_patch(doc, own)
+    assert (patch is not None) is offers
+    assert patch is None or _published_keys.body_of(patch)["metadata"]["uid"] == of_node
 
 
 def device(doc):

@@ -453,6 +453,7 @@ def kernel(monkeypatch):
     """A kernel with the recorded connections."""
     it = Kernel([entry for dummy, entry, dummy2 in recorded()])
     monkeypatch.setattr(ct, "open_socket", lambda: Socket(it))
+    monkeypatch.setattr(ct, "tracks_any", lambda: bool(it.entries))
     monkeypatch.setattr(ct, "Guard", NoGuard)
     monkeypatch.setattr(ct, "Detour", NoDetour)
     monkeypatch.setattr(ct, "Begun", lambda: Begun(it))
@@ -518,6 +519,25 @@ def test_what_begins_meanwhile_is_replaced_as_well(kernel):
 
     kernel.between = packet
     assert ct.carry_over(CIDRS, passes=1) == result_of(replaced=6, guarded=True, detoured=True, exposed=2)
+
+
+@pytest.mark.parametrize(("text", "answer"), [("0\n", False), ("7\n", True), ("", True), (None, True)])
+def test_whether_any_is_tracked(tmp_path, text, answer):
+    path = tmp_path / "nf_conntrack_count"
+    if text is not None:
+        path.write_text(text)
+    assert ct.tracks_any(str(path)) is answer
+
+
+def test_nothing_is_dumped_where_nothing_is_tracked(kernel, monkeypatch):
+    """What the switch itself lets begin is seen nevertheless."""
+    kernel.entries = []
+    dumps, dump = [], ct.Conntrack.dump
+    monkeypatch.setattr(ct.Conntrack, "dump", lambda *arguments: dumps.append(len(kernel.entries)) or dump(*arguments))
+    assert ct.carry_over(CIDRS, switch=lambda: dumps.append("switch")) == result_of()
+    assert dumps == ["switch"]
+    result = ct.carry_over(CIDRS, switch=lambda: kernel.add(newcomer()))
+    assert result["replaced"] == 1 and set(dumps[1:]) == {1}
 
 
 def test_what_the_kernel_could_not_tell_is_found_by_one_more_pass(kernel):

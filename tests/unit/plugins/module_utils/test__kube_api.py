@@ -232,6 +232,30 @@ def test_tokens_that_are_none(tmp_path, text):
         _kube_api.KubeClient("https://127.0.0.1:1", None, str(tmp_path / "token")).list(NODES, "NodeList", str)
 
 
+def unusable(folder, how):
+    """A path with nothing that is of use; root can read what has no right for anybody."""
+    path = folder / "file"
+    if how == "a directory":
+        path.mkdir()
+    elif how == "no text":
+        path.write_bytes(b"\xff\xfe\x00")
+    return str(path)
+
+
+@pytest.mark.parametrize("how", ["not there", "a directory", "no text"])
+def test_a_token_that_cannot_be_read(tmp_path, how):
+    path = unusable(tmp_path, how)
+    with pytest.raises(_kube_watch.ApiError, match="token_file: %s cannot be read: .*; write the ServiceAccount's token there" % path):
+        _kube_api.KubeClient("https://127.0.0.1:1", None, path).list(NODES, "NodeList", str)
+
+
+@pytest.mark.parametrize("how", ["not there", "a directory", "no text"])
+def test_a_ca_that_cannot_be_used(tmp_path, how):
+    path = unusable(tmp_path, how)
+    with pytest.raises(_kube_watch.ApiError, match="ca_file: %s cannot be used: .*; it must hold the cluster's CA as PEM" % path):
+        _kube_api.KubeClient("https://127.0.0.1:1", path).list(NODES, "NodeList", str)
+
+
 def test_a_token_is_never_sent_in_clear():
     with pytest.raises(MeshError, match="in clear"):
         _kube_api.KubeClient("http://127.0.0.1:1", None, "/token")

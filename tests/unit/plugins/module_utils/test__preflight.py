@@ -53,7 +53,7 @@ CLEAN = {
 SETTINGS = {
     "node": "worker-1", "interface": "wgmesh", "ports": [51840, 51841], "table": 51840, "rule_priority": 400, "fwmark": 0x1000,
     "encrypt": "pods", "pod_source": "node_cidrs", "implementation": "auto", "persistence": "auto", "mtu": None,
-    "pod_cidrs": ["10.244.1.0/24"], "node_addresses": ["198.18.0.11"]}
+    "pod_cidrs": ["10.244.1.0/24"], "node_addresses": ["198.18.0.11"], "agent": None}
 
 
 def facts(**changes):
@@ -96,6 +96,41 @@ OUR_MESH = {
                "51841": [{"dst": "198.18.0.12", "device": "wgmesh1", "type": "1", "family": "ipv4"}]},
     "addresses": CLEAN["addresses"] + [{"address": "198.18.0.11", "device": "wgmesh0"}],
 }
+
+
+GROUP_ONLY = {"real": "/t/token", "places": [{"path": "/t/token", "mode": 0o640, "uid": 9, "gid": 7, "acl": False}]}
+ROOT_ONLY = {"real": "/t/token", "places": [{"path": "/t/token", "mode": 0o600, "uid": 0, "gid": 0, "acl": False}]}
+
+
+@pytest.mark.parametrize("implementation, kernel, userspace, kinds, as_root", [
+    ("auto", True, "", (), False), ("auto", False, "/usr/bin/wireguard-go", (), True),
+    ("userspace", True, "/usr/bin/wireguard-go", (), True),
+    ("kernel", False, "/usr/bin/wireguard-go", (), False),
+    # what runs stays
+    ("auto", True, "/usr/bin/wireguard-go", ("tun",), True), ("auto", True, "", ("wireguard", "tun"), True),
+    ("auto", False, "/usr/bin/wireguard-go", ("wireguard",), False),
+    # nothing can make a device
+    ("auto", False, "", (), False)])
+def test_the_agent_is_judged_as_the_user_that_the_run_will_give_it(implementation, kernel, userspace, kinds, as_root):
+    changed = facts(wireguard={"kernel": kernel, "userspace": userspace},
+                    links=[link("tun0", "tun")] + [link("wgmesh%d" % number, kind) for number, kind in enumerate(kinds)])
+    changed["agent"] = {"user": {"uid": 5, "gids": [7]}, "token": False, "ways": {"token_file": GROUP_ONLY}}
+    settings = dict(SETTINGS, implementation=implementation, agent={
+        "paths": {"ca_file": "/ca", "token_file": "/t/token"}, "token_given": False})
+    assert [item["value"] for item in _preflight.agent_findings(changed, settings)] == (["/t/token"] if as_root else [])
+    changed["agent"]["ways"]["token_file"] = ROOT_ONLY
+    found_ = list(_preflight.agent_findings(changed, settings))
+    assert [item["value"] for item in found_] == ([] if as_root else ["/t/token"])
+    assert all(item["message"].startswith("mesh_agent_token_file: /t/token is not readable") for item in found_)
+    assert list(_preflight.agent_findings(changed, SETTINGS)) == []
+
+
+def test_an_agent_with_two_tokens():
+    changed = facts()
+    changed["agent"] = {"user": None, "token": False, "ways": {}}
+    settings = dict(SETTINGS, agent={"paths": {"ca_file": "/ca", "token_file": "/t/token"}, "token_given": True})
+    assert [(item["level"], item["check"], item["remedy"]) for item in _preflight.findings(changed, settings)] == [
+        ("error", "agent", "leave one of them out")]
 
 
 def test_the_mesh_that_is_there_is_no_finding():

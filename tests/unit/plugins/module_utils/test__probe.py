@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import collections
 import heapq
+import ipaddress
 import json
 import random
 import struct
@@ -230,6 +231,60 @@ def test_any_network(count, loss, seed, size, late):
         assert schedule.done()
 
 
+def test_who_is_late_waits_no_longer_than_the_other_needs():
+    peers = [dict(peer, late=late) for peer, late in zip(peers_for(3), (True, True, False))]
+    schedule = _probe.EchoSchedule(peers, 0.0, random.Random(1))
+    assert schedule.late == {peers[0]["address"], peers[1]["address"]}
+    first = [address for address, dummy, dummy2 in schedule.due(0.5)]
+    assert first == [peers[2]["address"]], "the others wait"
+    # one that does not wait is asked no more often for it
+    schedule.hasten(0.6, [peers[0]["address"], peers[2]["address"]])
+    assert [address for address, dummy, dummy2 in schedule.due(0.6)] == [peers[0]["address"]]
+    assert schedule.late == {peers[1]["address"]}
+    assert peers[1]["address"] in [address for address, dummy, dummy2 in schedule.due(_probe.LATE_SECONDS + _probe.FIRST_SPREAD)]
+    assert schedule.late == set()
+
+
+def test_the_device_is_looked_at_while_somebody_is_late(monkeypatch):
+    """A knock is sent as soon as a look says that the handshake is over, and nobody looks any more after it."""
+    clock, looks, sent = [0.0], [], []
+
+    class Handle:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def setsockopt(self, *dummy):
+            pass
+
+        def setblocking(self, flag):
+            pass
+
+        def bind(self, address):
+            pass
+
+        def sendto(self, data, address):
+            sent.append((clock[0], address[0]))
+
+    def look():
+        looks.append(clock[0])
+        return [packed] if len(looks) == 3 else []
+
+    def pass_time(dummy, dummy2, dummy3, seconds):
+        clock[0] += max(seconds, 1e-6)
+
+    packed = ipaddress.ip_address("fd00::1").packed
+    schedule = _probe.EchoSchedule([{"name": "n", "address": packed, "size": None, "late": True}], 0.0, random.Random(1))
+    monkeypatch.setattr(_probe.socket, "socket", lambda *dummy: Handle())
+    monkeypatch.setattr(_probe.select, "select", pass_time)
+    monkeypatch.setattr(_probe, "_answers", lambda *dummy: None)
+    _probe.run_knock("fd00::2", 1, schedule, 0.9, look, clock=lambda: clock[0])
+    assert sent == [(looks[2], "fd00::1")] and len(looks) == 3
+    assert looks == pytest.approx([_probe.LATE_LOOK * number for number in (1, 2, 3)], abs=1e-3)
+
+
 def test_no_peers():
     schedule = _probe.EchoSchedule([], 0.0, random.Random(1))
     assert schedule.done() and schedule.next_time(0.0) is None and schedule.due(0.0) == [] and schedule.results() == {}
@@ -292,6 +347,9 @@ SILENT = {"rtt": None, "size": 0, "error": None}
     (None, state(), HEARD, "", ""),
     (state(rx=100), state(handshake=NOW - 274), HEARD, "", ""),
     (state(rx=100), state(handshake=NOW + 50), HEARD, "", ""),
+    # a clock that was set forward by a day, and a handshake by an implementation that has not noticed
+    (state(rx=100, handshake=NOW - 86500), state(handshake=NOW - 86400), HEARD, "", ""),
+    (state(rx=100, handshake=NOW - 86400), state(handshake=NOW - 86400), HEARD, "stale", "275 s"),
     (state(rx=100), None, HEARD, "not_configured", "module interface"),
     (state(rx=100), state(handshake=0.0), SILENT, "no_handshake", "UDP port 51840"),
     (state(rx=100), state(handshake=0.0, endpoint=None), SILENT, "no_endpoint", "mesh_endpoint"),

@@ -41,6 +41,7 @@ def test_what_is_no_stem(stem):
     ({"probe_timeout": -1.0}, ["mesh_probe_timeout", "-1"]), ({"probe_timeout": 0.0}, ["mesh_probe_timeout", "0"]),
     ({"probe_timeout": float("nan")}, ["mesh_probe_timeout"]), ({"probe_timeout": float("inf")}, ["mesh_probe_timeout"]),
     ({"psk_secret_fault": "mesh_psk_secret: too short"}, ["mesh_psk_secret: too short"]),
+    ({"agent_grace": -1}, ["mesh_agent_grace: -1"]), ({"agent_grace": 86401}, ["mesh_agent_grace"]), ({"agent_grace": 0}, []),
     ({"agent_server": "https://192.0.2.1:6443"}, []), ({"agent_server": ""}, []),
     ({"agent_server": "https://192.0.2.1:99999"}, ["mesh_agent_server", "99999"]),
     ({"agent_server": "http://192.0.2.1"}, ["mesh_agent_server", "https"]),

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_install, _agent_plan, _system
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_inputs, _agent_install, _agent_plan, _system
 from ansible_collections.kubemesh.wireguard.plugins.modules import agent
 
 ARGS = {"node": "worker-1", "server": "https://192.0.2.10:6443", "token": "s3cret-token"}
@@ -36,10 +36,13 @@ class Systemd:
 def node(monkeypatch, tmp_path):
     systemd = Systemd()
     monkeypatch.setattr(agent, "System", lambda module: _system.System(systemd))
-    for name in ("UNIT_FILE", "USERS_FILE", "FOLDERS_FILE", "CONFIG_FILE", "TOKEN_FILE", "LIBRARY", "LINK", "UNFINISHED", "RUNTIME",
-                 "STATE"):
+    for name in ("UNIT_FILE", "GUARD_UNIT_FILE", "USERS_FILE", "FOLDERS_FILE", "CONFIG_FILE", "TOKEN_FILE", "LIBRARY", "LINK", "UNFINISHED",
+                 "RUNTIME", "STATE", "STATE_FILE"):
         monkeypatch.setattr(_agent_install, name, str(tmp_path / name))
-    monkeypatch.setattr(_agent_install, "identity", lambda: None)
+    monkeypatch.setattr(_agent_inputs, "TOKEN_FILE", _agent_install.TOKEN_FILE)
+    monkeypatch.setattr(_agent_inputs, "why_unreadable", lambda way, uid, gids: "no right" if "secret" in way["real"] else "")
+    for module in (_agent_inputs, _agent_install):
+        monkeypatch.setattr(module, "identity", lambda: None)
     return systemd
 
 
@@ -62,9 +65,10 @@ def test_configuration_is_what_the_agent_takes(node):
 
 
 @pytest.mark.parametrize("change, text", [
-    ({"node": None}, "node: is needed"), ({"server": None}, "server: is needed"), ({"server": "http://192.0.2.10"}, "no TLS"),
+    ({"node": None}, "missing: node"), ({"server": None}, "missing: server"), ({"server": ""}, "server: "),
+    ({"server": "http://192.0.2.10"}, "no TLS"),
     ({"server": "https://h/path"}, "not the address"), ({"server": "https://h:abc"}, "not the address"),
-    ({"server": "https://h?x=1"}, "not the address"), ({"token_file": "/t"}, "either token or token_file"),
+    ({"server": "https://h?x=1"}, "not the address"), ({"token_file": "/t"}, "mutually exclusive: token|token_file"),
     ({"token": "two words"}, "token:"),
     ({"token": "line\nend"}, "token:"), ({"grace": -1}, "mesh_agent_grace"), ({"table": 254}, "mesh_table"), ({"node": "W 1"}, "Node")])
 def test_arguments_that_cannot_work(node, run_module, change, text):
@@ -74,3 +78,61 @@ def test_arguments_that_cannot_work(node, run_module, change, text):
 
 def test_absent_where_there_is_none(node, run_module):
     assert run_module(agent.main, {"state": "absent"})["changed"] is False
+
+
+def test_files_that_the_agent_cannot_read_are_refused_before_anything_is_changed(node, run_module, tmp_path):
+    args = {name: value for name, value in ARGS.items() if name != "token"}
+    result = run_module(agent.main, dict(args, ca_file="/secret/ca", token_file="/secret/token"))
+    assert result["failed"] and "ca_file: /secret/ca is not readable for the user kubemesh-agent (no right)" in result["msg"]
+    assert "token_file: /secret/token is not readable" in result["msg"] and "chmod 0640" in result["msg"]
+    result = run_module(agent.main, args)
+    assert result["failed"] and "token: none was given" in result["msg"]
+    assert list(tmp_path.iterdir()) == [] and all(words[0] == "ip" for words in node.commands)
+
+
+@pytest.mark.parametrize("api", ["watching", "ca_file: /ca cannot be used: no such file", None])
+def test_it_is_told_whether_the_agent_reaches_the_api(node, run_module, monkeypatch, api):
+    """The module waits for what the service says that it started."""
+    asked = []
+
+    def wait():
+        asked.append(node.commands[-1])
+        return api
+
+    warnings = []
+    monkeypatch.setattr(agent.AnsibleModule, "warn", lambda self, text: warnings.append(text))
+    monkeypatch.setattr(_agent_install, "wait_for_api", wait)
+    monkeypatch.setattr(_agent_install, "apply_present", lambda system, *dummy: system.run(["systemctl", "restart", "it"]))
+    result = run_module(agent.main, ARGS)
+    assert result["api"] == api and asked == [["systemctl", "restart", "it"]]
+    if api == "watching":
+        assert not warnings
+    else:
+        assert "node worker-1" in warnings[0] and "https://192.0.2.10:6443" in warnings[0]
+        assert (api or "said nothing") in warnings[0] and "journalctl" in warnings[0]
+
+
+@pytest.mark.parametrize("api, restarted", [("watching", False), ("HTTP 401", True), (None, True)])
+def test_who_was_refused_with_the_old_token_does_not_wait_to_try_the_new_one(node, run_module, monkeypatch, tmp_path, api, restarted):
+    if api is not None:
+        (tmp_path / "STATE_FILE").write_text(_agent_plan_state(api))
+    monkeypatch.setattr(_agent_install, "plan_present", lambda *dummy: [{"op": "write_token", "path": "/token"}])
+    monkeypatch.setattr(_agent_install, "identity", lambda: (1, 1))
+    monkeypatch.setattr(_system.System, "unit", lambda self, name: {"enabled": True, "active": True, "exists": True})
+    assert run_module(agent.main, ARGS, check=True)["restarted"] is restarted
+
+
+def _agent_plan_state(api):
+    """What an agent says of itself."""
+    counts = {"events": 0, "changes": 0, "repairs": 0, "lists": 0}
+    return json.dumps(dict(_agent_plan.state_of(None, api, "", [], None, set(), "", counts, 0.0), base=None, guard="off"))
+
+
+def test_where_nothing_changes_nothing_is_waited_for(node, run_module, monkeypatch):
+    monkeypatch.setattr(_agent_install, "wait_for_api", lambda: pytest.fail("it waits"))
+    assert "api" not in run_module(agent.main, ARGS, check=True)
+    monkeypatch.setattr(_agent_install, "plan_present", lambda *dummy: [])
+    monkeypatch.setattr(_agent_install, "identity", lambda: (1, 1))
+    monkeypatch.setattr(_system.System, "unit", lambda self, name: {"enabled": True, "active": True, "exists": True})
+    result = run_module(agent.main, ARGS)
+    assert result["changed"] is False and "api" not in result

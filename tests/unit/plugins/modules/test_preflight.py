@@ -95,6 +95,35 @@ def test_findings_do_not_fail_unless_asked_to(run_module, node):
     assert not run_module(preflight.main, {"node": "worker-1", "fail_on_error": True}).get("failed")
 
 
+UNREADABLE = {"real": "/root/ca", "places": []}
+
+
+def test_files_of_the_agent_are_looked_at_where_it_is_named(run_module, node, monkeypatch):
+    asked = []
+
+    def read_inputs(paths):
+        asked.append(paths)
+        return {"user": None, "token": False, "ways": {"ca_file": UNREADABLE}}
+
+    node.facts = dict(CLEAN, agent={"user": None, "token": False, "ways": {"ca_file": UNREADABLE}})
+    result = run_module(preflight.main, {"node": "worker-1", "agent_ca_file": "/root/ca"})
+    assert [item["message"].split(":")[0] for item in result["findings"]] == ["mesh_agent_token", "mesh_agent_ca_file"]
+    assert all((item["level"], item["node"]) == ("error", "worker-1") for item in result["findings"])
+    result = run_module(preflight.main, {"node": "worker-1", "agent_ca_file": "/root/ca", "agent_token_given": True})
+    assert [item["value"] for item in result["findings"]] == ["/root/ca"]
+    assert run_module(preflight.main, {"node": "worker-1"})["findings"] == []
+    # alone, of a node that is proven
+    node.calls.clear()
+    monkeypatch.setattr(_preflight_facts._agent_inputs, "read_inputs", read_inputs)
+    monkeypatch.setattr(_preflight_facts, "_wireguard", lambda system: {"kernel": True, "userspace": ""})
+    monkeypatch.setattr(_preflight_facts, "_links", lambda system: [])
+    args = {"node": "worker-1", "local_checks": False, "agent_ca_file": "/root/ca", "agent_token_file": "/t"}
+    assert [item["check"] for item in run_module(preflight.main, args)["findings"]] == ["agent"]
+    assert asked == [{"ca_file": "/root/ca", "token_file": "/t"}] and node.calls == []
+    assert run_module(preflight.main, {"node": "worker-1", "local_checks": False})["findings"] == []
+    assert run_module(preflight.main, {"node": "worker-1", "agent_token_file": "/t"})["failed"]
+
+
 def test_listen_starts_anew_and_stops(run_module, node):
     result = run_module(preflight.main, {"node": "worker-1", "local_checks": False, "listen": "start", "nonce": "abc", "fwmark": 8})
     assert node.calls == [("stop",), ("open", (51840, 51841), 8), ("start", _underlay.digest_of("abc"), (0, 51841), 120)]
