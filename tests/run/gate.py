@@ -190,7 +190,7 @@ class Gate:
             if failed:
                 self.failures += [(check.name, *failure) for failure in failures or [("", note)]]
                 lines = context.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-                print("".join(f"    | {line}\n" for line in lines[-TAIL_LINES:]), end="", flush=True)
+                print("".join(f"    | {line[:checks.LINE_TEXT]}\n" for line in lines[-TAIL_LINES:]), end="", flush=True)
                 print(f"    whole log: {context.log_path.relative_to(REPOSITORY)}", flush=True)
             del self.running[check.name]
             if not check.background:
