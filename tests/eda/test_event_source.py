@@ -377,8 +377,8 @@ class TestLive:
                 return super()._get(query, timeout)
 
         async with Expiring(connection, settings_) as client:
-            items, dummy = await client.list_nodes()
-        assert [item["metadata"]["name"] for item in items] == ALL
+            names, dummy = await client.list_nodes(lambda item: item["metadata"]["name"])
+        assert names == ALL
         assert [request["code"] for request in api.requests if request["verb"] == "list"] == [200, 410, 200]
 
     @live
@@ -508,6 +508,31 @@ class TestKubeconfig:
         kept = source.settings_of({"kubeconfig": "/here"}, environ)
         assert (kept["host"], kept["kubeconfig"], kept["api_key"]) == (None, "/here", None)
 
+    @pytest.mark.parametrize("given,expected", [
+        ({"api_key_file": "/token"}, {"token_file": "/token", "ca_data": "CA"}),
+        ({"api_key": "other"}, {"token": "other", "ca_data": "CA"}),
+        ({"client_cert": "/a.crt", "client_key": "/a.key"}, {"cert_file": "/a.crt", "key_file": "/a.key", "ca_data": "CA"}),
+        ({"ca_cert": "/ca.crt"}, {"token": "t", "cert_data": "CERT", "key_data": "KEY", "ca_file": "/ca.crt"}),
+        ({"host": "https://198.18.0.11:6443"}, {"token": "t", "cert_data": "CERT", "key_data": "KEY", "ca_data": "CA"}),
+        ({"validate_certs": False}, {"token": "t", "cert_data": "CERT", "key_data": "KEY", "ca_data": "CA", "verify": False}),
+    ])
+    def test_arguments_before_kubeconfig(self, tmp_path, given, expected):
+        def data(text):
+            return base64.b64encode(text.encode()).decode()
+
+        user = {"token": "t", "client-certificate-data": data("CERT"), "client-key-data": data("KEY")}
+        cluster = {"server": "https://198.18.0.10:6443", "certificate-authority-data": data("CA")}
+        (tmp_path / "config").write_text(config(user, cluster))
+        found = source.find_connection(source.settings_of(dict(given, kubeconfig=str(tmp_path / "config")), {}), {}, "/nowhere")
+        server = given.get("host", cluster["server"])
+        assert found == source.Connection(server, found="kubeconfig %s" % (tmp_path / "config"), **expected)
+
+    def test_credentials_of_arguments_for_a_user_that_needs_a_program(self, tmp_path):
+        (tmp_path / "config").write_text(config({"exec": {"command": "aws"}}))
+        found = source.find_connection(
+            source.settings_of({"kubeconfig": str(tmp_path / "config"), "api_key_file": "/token"}, {}), {}, "/nowhere")
+        assert (found.server, found.token_file) == ("https://198.18.0.10:6443", "/token")
+
     def test_proxy(self, monkeypatch):
         monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
         monkeypatch.setenv("NO_PROXY", "198.18.0.10")
@@ -526,7 +551,7 @@ class TestCompared:
     def test_any_object(self, item):
         view = source.View()
         with contextlib.suppress(source.SourceError):
-            view.replace([item])
+            view.replace([view.known(item)])
             view.apply("MODIFIED", item)
             view.report("resync")
         json.dumps(sorted(view.nodes))
@@ -565,7 +590,7 @@ class TestCompared:
                 assert told == set(truth)
             elif what == "list":
                 with contextlib.suppress(source.SourceError):
-                    view.replace([item, item])
+                    view.replace(map(view.known, [item, item]))
                     truth = {name: item}
             else:
                 view.apply(what, item)
@@ -576,7 +601,7 @@ class TestCompared:
 
     def test_long_lists_are_cut(self):
         view = source.View()
-        view.replace([apiserver.node("w%04d" % number) for number in range(1000)])
+        view.replace(view.known(apiserver.node("w%04d" % number)) for number in range(1000))
         found = view.report("resync")
         assert (len(found["joined"]), found["unnamed"], found["node_count"]) == (source.NAMES_MAX, 1000 - source.NAMES_MAX, 1000)
 
@@ -683,7 +708,7 @@ class TestAnswers:
             view.apply(kind, item)
             source.version_of(item)
         assert set(view.nodes) == {item["metadata"]["name"] for item in items}
-        assert not view.replace(items)
+        assert not view.replace(map(view.known, items))
         gone = (recorded / "watch-410-in-stream.http").read_text().splitlines()[-1]
         with pytest.raises(source.Gone):
             source.parse_event(gone)

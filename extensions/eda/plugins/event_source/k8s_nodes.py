@@ -37,6 +37,8 @@ options:
     description:
       - Path of a kubeconfig. Several are separated by colons, as in E(KUBECONFIG).
       - Users with a token, a token file or a client certificate work. Those that need a program (exec) or an auth-provider are refused.
+      - What is given beside it goes before what it says. This is so for O(host) and O(ca_cert), and any of O(api_key), O(api_key_file),
+        O(client_cert) and O(client_key) replaces all credentials of its user.
     type: str
   context:
     description: Name of a context in the kubeconfig. Without it, the current one.
@@ -297,7 +299,7 @@ def settings_of(args, environ):
     settings["validate_certs"] = True if value in (None, "") else bool_argument("validate_certs", value)
     annotations = given.get("annotations") or []
     if not isinstance(annotations, list) or not all(isinstance(item, str) for item in annotations):
-        raise SourceError("annotations: expected a list of names, got %s" % shown(annotations))
+        raise SourceError("annotations: expected a list of names, got %s; correct the argument" % shown(annotations))
     settings["annotations"] = ANNOTATIONS + tuple(annotations)
     if settings["settle_max"] < settings["settle"]:
         raise SourceError("settle_max: %s is less than settle, %s; correct one of them" % (settings["settle_max"], settings["settle"]))
@@ -361,8 +363,9 @@ def pem(value, field, found):
         raise SourceError("%s: %s is not base64 of a PEM file; correct the kubeconfig" % (found, field)) from None
 
 
-def connection_of_kubeconfig(texts, context, found):
-    """`Connection` of kubeconfigs. Raises `SourceError` naming the field; never with a secret in it."""
+def connection_of_kubeconfig(texts, context, found, credentials=True):
+    """`Connection` of kubeconfigs; ``credentials``: whether its user's are used. Raises `SourceError` naming the field; never with a secret
+    in it."""
     current, lists = merged_kubeconfig(texts, found)
     wanted = context or current
     if not wanted:
@@ -373,7 +376,7 @@ def connection_of_kubeconfig(texts, context, found):
     where = "%s, user %s" % (found, shown(chosen.get("user")))
     for field, remedy in (("exec", "runs a program for its credentials"), ("auth-provider", "needs an auth-provider"),
                           ("username", "has a password, which no API server takes since Kubernetes 1.19"), ("as", "impersonates another")):
-        if user.get(field):
+        if user.get(field) and credentials:
             raise SourceError("%s %s (%s), and that is not supported here; make a ServiceAccount with a token and give it by host, ca_cert"
                               " and api_key_file, or by a kubeconfig with token or tokenFile" % (where, remedy, field))
 
@@ -410,6 +413,23 @@ def read_text(path, what):
         raise SourceError("%s: %s cannot be read: %s" % (what, path, getattr(exc, "strerror", None) or "it is not text")) from None
 
 
+CREDENTIALS = ("api_key", "api_key_file", "client_cert", "client_key")
+
+
+def with_arguments(connection, settings):
+    """The `Connection` of a kubeconfig with what arguments say instead. Credentials are one thing: any of them replaces them all, as a
+    server that is shown two identities takes one of its own choice."""
+    replaced = {}
+    if any(settings[name] for name in CREDENTIALS):
+        replaced.update(token=None if settings["api_key_file"] else settings["api_key"], token_file=settings["api_key_file"],
+                        cert_file=settings["client_cert"], cert_data=None, key_file=settings["client_key"], key_data=None)
+    if settings["ca_cert"]:
+        replaced.update(ca_file=settings["ca_cert"], ca_data=None)
+    if settings["host"]:
+        replaced.update(server=checked_server(settings["host"], "host"))
+    return connection._replace(verify=connection.verify and settings["validate_certs"], **replaced)
+
+
 def find_connection(settings, environ, home, service_account=SERVICE_ACCOUNT):
     """`Connection` by arguments, kubeconfig or service account, in this order."""
     if settings["host"] and not settings["kubeconfig"]:
@@ -426,13 +446,8 @@ def find_connection(settings, environ, home, service_account=SERVICE_ACCOUNT):
     if existing:
         found = "kubeconfig %s" % os.pathsep.join(existing)
         texts = [(read_text(path, "kubeconfig"), os.path.dirname(os.path.abspath(path))) for path in existing]
-        connection = connection_of_kubeconfig(texts, settings["context"], found)
-        more = {"token_file": settings["api_key_file"], "ca_file": settings["ca_cert"], "cert_file": settings["client_cert"],
-                "key_file": settings["client_key"], "token": settings["api_key"]}
-        connection = connection._replace(**{field: value for field, value in more.items() if value})
-        if settings["host"]:
-            connection = connection._replace(server=checked_server(settings["host"], "host"))
-        return connection._replace(verify=connection.verify and settings["validate_certs"])
+        own = not any(settings[name] for name in CREDENTIALS)
+        return with_arguments(connection_of_kubeconfig(texts, settings["context"], found, own), settings)
     if settings["kubeconfig"]:
         raise SourceError("kubeconfig: %s does not exist; correct the path" % settings["kubeconfig"])
     address, token = environ.get("KUBERNETES_SERVICE_HOST"), os.path.join(service_account, "token")
@@ -476,7 +491,7 @@ class View:
         self.doubted = False
         self.problems = []  # what was passed over since somebody looked
 
-    def _known(self, item):
+    def known(self, item):
         """``(name, (uid, digest))`` of a Node object, or None for what is none."""
         try:
             name, uid, digest = fingerprint(item, self.annotations)
@@ -485,9 +500,9 @@ class View:
             return None
         return name, (uid, digest)
 
-    def replace(self, items):
-        """Take a complete list. -> whether anything is new."""
-        nodes = dict(filter(None, map(self._known, items)))
+    def replace(self, found):
+        """Take a complete list, of what `known` gives of each object. -> whether anything is new."""
+        nodes = dict(filter(None, found))
         # A server that has just started has been seen to say once that there is nothing at all.
         if not nodes and self.nodes and not self.doubted:
             self.doubted = True
@@ -498,7 +513,7 @@ class View:
 
     def apply(self, kind, item):
         """Take an event of a watch, ``ADDED``, ``MODIFIED`` or ``DELETED``. -> whether anything is new."""
-        known = self._known(item)
+        known = self.known(item)
         if known is None:
             return False
         name, now = known
@@ -738,8 +753,9 @@ class Api:
                 raise SourceError("the answer of the API is longer than %d bytes; give a smaller page_size" % most)
         return bytes(data)
 
-    async def list_nodes(self):
-        """``(items, version)`` of all nodes, in pages of one moment."""
+    async def list_nodes(self, reduce):
+        """``(list, version)`` of all nodes, in pages of one moment: of each object what ``reduce`` gives, so that only one page of them is
+        held at a time."""
         seconds = self.settings["timeout"]
         timeout = aiohttp.ClientTimeout(total=4 * seconds, sock_connect=seconds, sock_read=seconds)
         limit = {"limit": str(self.settings["page_size"])}
@@ -755,7 +771,7 @@ class Api:
                 # The token has expired between two pages: all of it in one answer, as Kubernetes' own clients do.
                 limit, items, token = {}, [], None
                 continue
-            items.extend(page)
+            items.extend(map(reduce, page))
             if not following:
                 return items, version
             token = following
@@ -857,8 +873,8 @@ class Source:
             connection = find_connection(self.settings, os.environ, os.path.expanduser("~"))
             async with Api(connection, self.settings) as api:
                 if self.version is None:
-                    items, version = await api.list_nodes()
-                    self.note(self.view.replace(items))
+                    found, version = await api.list_nodes(self.view.known)
+                    self.note(self.view.replace(found))
                     self.version = version
                 self.schedule.reach(self.clock())
                 self.wake.set()
