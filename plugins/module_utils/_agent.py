@@ -27,9 +27,10 @@ import sys
 import threading
 import time
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as decide
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
+    _agent_drift,
     _agent_pods,
+    _link_plan,
     _lock,
     _membership,
     _mesh,
@@ -40,6 +41,7 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
     _status,
     _wg_plan,
 )
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent_plan as decide
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _interface as live_device
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _routes as live_routes
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._agent_guard import OFF, GuardKeeper, TableWatcher
@@ -75,6 +77,9 @@ PUBLISH_AGAIN = 600.0
 REST = 4.0
 # Seconds until a node that could not be taken out of the document is tried again.
 GONE_AGAIN = 5.0
+# Seconds after a comparison with the kernel in which what somebody takes away brings no other: two programs that undo what the other does
+# must not keep a node busy.
+DRIFT_AGAIN = 5.0
 # Seconds for one command of iproute2 or nft. A turn with the lock runs several, and a run waits for it no longer than `_lock.WAIT_SECONDS`.
 COMMAND_SECONDS = 20
 STATE_MODE = 0o644
@@ -161,6 +166,10 @@ class Kernel:
             link, state = self.read(generation)
             self.last = (generation, link, state, self.routes())
         return self.last[1:]
+
+    def misses(self, found):
+        """Whether something of `_agent_drift.taken_away` was to stay."""
+        return _agent_drift.is_missing(found, self.last)
 
     def sends_all(self):
         """Whether the rules of this node, as a run left them, steer packets whatever their source."""
@@ -322,6 +331,7 @@ class Agent:
         self.guard_whole = False  # whether the next comparison reads the guard first
         self.whole = True         # whether the next comparison reads the kernel first
         self.expected = True      # whether the next comparison is to find something to do
+        self.drift_after = 0.0    # when the next comparison may be made for what somebody took away
 
     def pod_follower(self, resource):
         """The thread that follows one of the resources that the pods' addresses come from."""
@@ -339,6 +349,9 @@ class Agent:
         self.due["converge"] = self.clock()
         for follower in self.followers:
             follower.start()
+        _agent_drift.DriftWatcher(
+            _link_plan.generations_of(self.kernel.name(0)), (self.config["table"], self.config["table"] + 1),
+            lambda found: self.queue.put(("drift", found)), log).start()
         latest = self.clock() + READY_SECONDS  # None: systemd knows
         while not self.stopping:
             self.tick()
@@ -515,6 +528,14 @@ class Agent:
             log(text)
         self.guard_whole = True
         self.due["converge"] = self.clock()
+
+    def on_drift(self, found):
+        """Somebody took something away; None: perhaps. It is read what is missing, and put back."""
+        # Where that is to be done already, or failed, or a run is at work, it has its time.
+        if self.whole or self.failures or self.waits or not (found is None or self.kernel.misses(found)):
+            return
+        self.whole = True
+        self.due["converge"] = min(self.due["converge"], max(self.clock(), self.drift_after))
 
     # --- documents
 
@@ -789,6 +810,8 @@ class Agent:
                 self.waits = waits
                 if waits:
                     self.whole = True
+                    # The run does what the news ask for.
+                    self.lag_since = now if self.lag_since is not None else None
                     self.guard.forget()
                     self.due["converge"] = now + RETRY[0]
                     return  # `status` is told at the next report
@@ -797,6 +820,7 @@ class Agent:
                 if self.document is not None:
                     self.work()
             if self.whole:
+                self.drift_after = self.clock() + DRIFT_AGAIN
                 self.due["compare"] = now + random.uniform(*decide.COMPARE)  # noqa: S311 - spreads work, protects nothing
             self.failures, self.whole = 0, False
             self.due["converge"] = min(when for when in (self.due["compare"], self.due["send"]) if when is not None)
@@ -862,7 +886,8 @@ class Agent:
         if steps:
             self.counts["repairs"] += int(repair)
             what = ", ".join(sorted({step["op"] for step in steps}))
-            log("%d steps%s: %s" % (len(steps), " (the kernel was not as it was left)" if repair else "", what))
+            count = "1 step" if len(steps) == 1 else "%d steps" % len(steps)
+            log("%s%s: %s" % (count, " (the kernel was not as it was left)" if repair else "", what))
         if self.lag_since is not None:
             self.lag, self.lag_since = now - self.lag_since, None
         self.note_unproven(state, proven)

@@ -16,23 +16,20 @@ the table is loaded once as it shall be, in one transaction as ever, and what is
 
 from __future__ import annotations
 
-import errno
 import os
-import threading
 
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _guard as live
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _guard_plan as plan
 from ansible_collections.kubemesh.wireguard.plugins.module_utils import _nfnetlink as netlink
+from ansible_collections.kubemesh.wireguard.plugins.module_utils._kernel_watch import KernelWatcher
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError, is_peer
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import read_text
 
-# include/uapi/linux/netlink.h, nfnetlink.h and nf_tables.h
-SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
+# include/uapi/linux/nfnetlink.h and nf_tables.h
 NFNLGRP_NFTABLES, NFNL_SUBSYS_NFTABLES = 7, 10
 NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE = 0, 2
 NFTA_TABLE_NAME = 1
 NFGENMSG = 4
-DATAGRAM_MAX = 1 << 16
 
 OFF, IN_FORCE, NOT_IN_FORCE = "off", "in force", "not in force"
 
@@ -129,33 +126,16 @@ class GuardKeeper:
         return live.read_counters(self.system) if self.state != OFF else None
 
 
-class TableWatcher(threading.Thread):
-    """Calls ``tell()`` when somebody makes or removes the table of the guard: ``nft flush ruleset``, a reload of nftables.service.
+class TableWatcher(KernelWatcher):
+    """Calls ``tell("")`` when somebody makes or removes the table of the guard: ``nft flush ruleset``, a reload of nftables.service.
 
     Those put the table of the last run in force, or none. What else is changed in it is seen by the next comparison.
     """
 
     def __init__(self, tell):
-        super().__init__(name="tables", daemon=True)
-        self.tell = tell
-
-    def run(self):
-        try:
-            with netlink.open_socket() as opened:
-                opened.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
-                opened.settimeout(None)
-                while True:
-                    try:
-                        seen = is_ours(opened.recv(DATAGRAM_MAX))
-                    except OSError as exc:
-                        if exc.errno != errno.ENOBUFS:
-                            raise
-                        # More happened than there was room for: ours may be among it.
-                        seen = True
-                    if seen:
-                        self.tell("")
-        except OSError as exc:
-            self.tell("nftables cannot be watched (%s): what others change is seen by the next comparison" % exc.strerror)
+        super().__init__(
+            "tables", netlink.NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), is_ours, lambda dummy: tell(""),
+            lambda text: tell("nftables cannot be watched (%s): what others change is seen by the next comparison" % text))
 
 
 def is_ours(data):

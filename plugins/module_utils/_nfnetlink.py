@@ -83,9 +83,9 @@ def error_code(body):
     return -struct.unpack_from("=i", body)[0]
 
 
-def open_socket():
-    """A netlink socket to netfilter. Raises OSError where the kernel has none."""
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+def open_socket(protocol=NETLINK_NETFILTER):
+    """A netlink socket. Raises OSError where the kernel has none."""
+    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
     try:
         opened.settimeout(TIMEOUT)
         try:

@@ -180,6 +180,21 @@ def test_drift_is_repaired(lab):
     assert "mtu 1420" in lab.net.exec("a", "ip", "link", "show", lab.devices["a"])
 
 
+@pytest.mark.parametrize("what", [
+    "rule del priority {priority}", "route flush table {table}", "link set {device} down", "addr flush dev {device}"])
+def test_what_is_taken_away_is_back_long_before_the_next_comparison(lab, what):
+    """The comparison comes after a minute at the soonest, and what waits here waits for less."""
+    def state():
+        addresses = lab.net.exec("a", "ip", "-o", "addr", "show", "up", lab.devices["a"]).splitlines()
+        return [lab.net.exec("a", "ip", "rule"), lab.net.exec("a", "ip", "route", "show", "table", agentlab.TABLE, check=False),
+                sorted(line.split("scope")[0] for line in addresses)]
+
+    before, repairs = state(), lab.state("a")["counts"]["repairs"]
+    lab.net.ip("a", what.format(priority=agentlab.PRIORITY, table=agentlab.TABLE, device=lab.devices["a"]))
+    lab.wait(lambda: lab.state("a")["counts"]["repairs"] > repairs, "a repair in the state of a")
+    lab.wait(lambda: state() == before, "what was there before")
+
+
 def test_killed_and_started_again(lab):
     lab.start("c")
     lab.api.apply("nodes", lab.node("c"))

@@ -45,6 +45,9 @@ class Kernel:
         self.reads += int(whole)
         return {}, self.state, self.routes()
 
+    def misses(self, found):
+        return "ours" in found
+
     def sends_all(self):
         return True
 
@@ -586,6 +589,43 @@ def test_the_guard_is_closed_before_all_else_and_opened_after_it(guarded):
     guarded.on_tables("")
     guarded.tick()
     assert guarded.guard.asked[4:] == [("close", ["w1", "w2", "w3"], True, 2), ("open", 3)] and guarded.kernel.reads == 1
+
+
+def test_what_somebody_takes_away_is_read_and_put_back_but_not_all_the_time(agent):
+    agent.tick()
+    assert agent.kernel.reads == 1
+    agent.now += 10
+    agent.on_drift(["another's"])
+    agent.tick()
+    assert agent.kernel.reads == 1
+    agent.on_drift(["another's", "ours"])
+    agent.on_drift(["ours"])
+    agent.tick()
+    assert agent.kernel.reads == 2
+    # again at once: somebody undoes what the agent does
+    agent.on_drift(["ours"])
+    agent.tick()
+    assert agent.kernel.reads == 2 and 0 < agent.pause() <= _agent.DRIFT_AGAIN
+    agent.now += _agent.DRIFT_AGAIN
+    agent.tick()
+    assert agent.kernel.reads == 3
+    # more was told than there was room for
+    agent.now += _agent.DRIFT_AGAIN
+    agent.on_drift(None)
+    agent.tick()
+    assert agent.kernel.reads == 4
+
+
+def test_what_is_taken_away_does_not_hasten_what_failed(agent):
+    agent.tick()
+    agent.now += 10
+    agent.kernel.errors = [MeshError("no")]
+    agent.on_drift(["ours"])
+    agent.tick()
+    tried = agent.kernel.reads
+    agent.on_drift(["ours"])
+    agent.tick()
+    assert agent.kernel.reads == tried and agent.pause() > 0
 
 
 def test_what_is_in_the_way_of_the_mesh_is_not_in_that_of_the_guard(guarded):
