@@ -13,7 +13,7 @@ import hashlib
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _psk, _settings, _status
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import _kube_api, _psk, _settings, _status
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import (
     MeshError,
     canonical_cidr,
@@ -523,6 +523,7 @@ class FilterModule:
 
     def filters(self):
         return untrusted_results({
+            "agent_token_fault": _kube_api.token_fault,
             "batches": batches,
             "batch_problems": batch_problems,
             "probe_method": probe_method,

@@ -172,6 +172,7 @@ cache_timeout: 300
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -228,6 +229,12 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         super().parse(inventory, loader, path, cache)
         config = self._read_config_data(path)
         self._given = {option for option, value in config.items() if value not in (None, "")}
+        known = sorted(self.option_definitions)
+        for option in sorted(map(str, set(config) - set(known))):
+            # Ansible passes over it: what somebody meant by it would not be done, and nobody told.
+            near = difflib.get_close_matches(option, known, 1)
+            remedy = "did you mean %s?" % near[0] if near else "see ansible-doc -t inventory %s" % self.NAME
+            raise AnsibleParserError("%s: %s: there is no option %s; %s" % (self.NAME, path, _mesh.shown(option), remedy))
         try:
             self._populate(self._nodes(path, cache))
         except MeshError as exc:

@@ -56,6 +56,19 @@ def server_parts(server):
     return parts
 
 
+def token_fault(token):
+    """What is wrong with a bearer token (RFC 6750, section 2.1: one word of a header), as a text that tells nothing of it.
+
+    Empty for nothing, and for no token.
+    """
+    if not token:
+        return ""
+    if isinstance(token, str) and token.isascii() and token.isprintable() and " " not in token and len(token) <= TOKEN_MAX:
+        return ""
+    return ("token (mesh_agent_token): this is no bearer token, as it has blanks, line ends or other characters that none has; give the "
+            "one of the ServiceAccount, in one line")
+
+
 class KubeClient:
     """One API server. ``server``: its URL; ``ca_file``: path of the CA, None for the system's; ``token_file``: path of the bearer token.
 

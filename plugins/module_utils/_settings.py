@@ -9,8 +9,8 @@
 
 Pure: standard library only, no I/O, no clock, Python 3.8 and newer. A fault is one line of text that names variable, value and remedy.
 
-*Settings* are those of one host: {variable of the role without its prefix ``mesh_``: value}. The secret for preshared keys is none of them:
-in its place they have ``psk_secret_fault``, what `_psk.secret_fault` found.
+*Settings* are those of one host: {variable of the role without its prefix ``mesh_``: value}. Secrets are none of them: in their place they
+have ``psk_secret_fault``, what `_psk.secret_fault` found, and ``agent_token_fault``, of `_kube_api.token_fault`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OF_STRICT_MODE = ("exempt_nodes", "admin_ports")
 # and each waits for itself.
 _OF_A_NODE = ("rule_priority", "agent_server", "agent_grace")
 # Says how this run works, and nothing of it stays on a node.
-_OF_A_RUN = ("confirm_timeout", "lock_wait", "probe_timeout", "psk_secret_fault")
+_OF_A_RUN = ("confirm_timeout", "lock_wait", "probe_timeout", "psk_secret_fault", "agent_token_fault")
 NAMED = 5
 
 
@@ -100,7 +100,7 @@ def faults_of(settings):
         if not usable:
             found.append("mesh_agent_server: %s is not the address of an API server such as https://192.0.2.1:6443"
                          % shown(settings["agent_server"]))
-    found += [grace_fault(settings.get("agent_grace", 0)), settings.get("psk_secret_fault", "")]
+    found += [grace_fault(settings.get("agent_grace", 0)), settings.get("agent_token_fault", ""), settings.get("psk_secret_fault", "")]
     return [fault for fault in found if fault]
 
 

@@ -182,9 +182,9 @@ from ansible_collections.kubemesh.wireguard.plugins.module_utils._system import 
 def configuration(params):
     """The agent's configuration as text, checked as the agent will check it."""
     # It goes into the unit and the configuration; a line of a header is what a token becomes.
-    token = params["token"]
-    if token is not None and (not token.isascii() or not token.isprintable() or " " in token or len(token) > _kube_api.TOKEN_MAX):
-        raise MeshError("token: this is no bearer token: it has blanks, line ends or other characters that none has")
+    fault = _kube_api.token_fault(params["token"])
+    if fault:
+        raise MeshError(fault)
     own = ("node", "server", "ca_file", "interface", "table", "rule_priority", "fwmark", "exempt_cidrs", "exclude_nodes", "service_cidrs",
            "grace", "pod_source")
     config = {name: params[name] for name in own}

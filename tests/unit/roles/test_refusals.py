@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 # Nobody can be reached by it: a run that gets as far as a host ends as unreachable, with another code.
 NOBODY = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
 WEAK = "S3cret-that-is-short"
+TOKEN = "tokentokentoken with-blanks"
 
 
 def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventory=None):
@@ -45,13 +46,14 @@ def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventor
 
 def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_shown(tmp_path):
     code, text = run(tmp_path, {"mesh_confirm_timeout": 3, "mesh_probe_timeout": -1, "mesh_psk_secret": WEAK, "mesh_port": 0,
-                                "mesh_lock_wait": -1, "mesh_agent": True, "mesh_agent_server": "https://h:abc"})
+                                "mesh_lock_wait": -1, "mesh_agent": True, "mesh_agent_server": "https://h:abc",
+                                "mesh_agent_token": TOKEN})
     assert code == 2 and "unreachable=1" not in text, text
     for words in ("mesh_confirm_timeout: 3", "mesh_probe_timeout: -1", "mesh_port: 0", "mesh_lock_wait: -1", "mesh_agent_server: 'https://h:abc'",
-                  "(mesh_psk_secret) has 20 characters"):
+                  "(mesh_psk_secret) has 20 characters", "(mesh_agent_token): this is no bearer token"):
         assert words in text, words
     # It is in the file of variables, and no word of it is in what the run says with -vvv.
-    assert WEAK not in text
+    assert WEAK not in text and TOKEN.split(maxsplit=1)[0] not in text
 
 
 def test_nothing_stays_on_the_controller_where_no_host_can_be_reached(tmp_path):

@@ -226,6 +226,8 @@ class TestInventory:
         ({"cluster_group": "a-b"}, "cluster_group: 'a-b' is not possible"),
         ({"cluster_group": "k8s_windows"}, "cluster_group: 'k8s_windows' is not possible"),
         ({"page_size": 0}, "page_size: 0 is not possible"),
+        ({"lable_selector": "a=b"}, "there is no option 'lable_selector'; did you mean label_selector?"),
+        ({"zzz": 1}, "there is no option 'zzz'; see ansible-doc -t inventory kubemesh.wireguard.k8s_nodes"),
         ({"ca_cert": "/nonexistent"}, "ca_cert: /nonexistent cannot be read on the controller"),
     ])
     def test_bad_configuration(self, ansible, config, said):

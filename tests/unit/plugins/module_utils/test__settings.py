@@ -40,6 +40,7 @@ def test_what_is_no_stem(stem):
     ({"confirm_timeout": -1}, ["mesh_confirm_timeout", "-1"]), ({"confirm_timeout": 0}, []), ({"confirm_timeout": 5}, []),
     ({"probe_timeout": -1.0}, ["mesh_probe_timeout", "-1"]), ({"probe_timeout": 0.0}, ["mesh_probe_timeout", "0"]),
     ({"probe_timeout": float("nan")}, ["mesh_probe_timeout"]), ({"probe_timeout": float("inf")}, ["mesh_probe_timeout"]),
+    ({"agent_token_fault": "token: no"}, ["token: no"]),
     ({"psk_secret_fault": "mesh_psk_secret: too short"}, ["mesh_psk_secret: too short"]),
     ({"agent_grace": -1}, ["mesh_agent_grace: -1"]), ({"agent_grace": 86401}, ["mesh_agent_grace"]), ({"agent_grace": 0}, []),
     ({"agent_server": "https://192.0.2.1:6443"}, []), ({"agent_server": ""}, []),
