@@ -15,8 +15,12 @@ from __future__ import annotations
 import json
 import re
 import threading
+import types
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import jinja2
+import jinja2.sandbox
 
 SECRET = "$encrypted$"
 TOKEN = "token-of-the-test"
@@ -113,8 +117,66 @@ def check_survey(survey):
         for key in ("min", "max"):
             if item.get(key) is not None and not isinstance(item[key], int):
                 raise Refused(400, {"error": "The %s limit of %s expected to be integer" % (key, item["variable"])})
-        if item["type"] in ("multiplechoice", "multiselect") and not item.get("choices"):
-            raise Refused(400, {"error": "%s must specify choices" % item["variable"]})
+        if item["type"] in ("multiplechoice", "multiselect"):
+            check_choices(item)
+
+
+def check_choices(item):
+    """The choices of a question, one a line or a list, and what is chosen where nobody chooses."""
+    choices = item.get("choices") or []
+    choices = [line for line in choices.splitlines() if line.strip()] if isinstance(choices, str) else choices
+    if not choices:
+        raise Refused(400, {"error": "%s must specify choices" % item["variable"]})
+    chosen = item.get("default", "").splitlines()
+    if len(chosen) > 1 and item["type"] == "multiplechoice":
+        raise Refused(400, {"error": "Multiple Choice (Single Select) can only have one default value."})
+    if not set(chosen) <= set(choices):
+        raise Refused(400, {"error": "Default choice must be answered from the choices listed."})
+
+
+# Names of fields, of environment variables and of extra variables: CredentialTypeInputField and CredentialTypeInjectorField.
+IDENTIFIER = re.compile(r"[a-zA-Z_]+[a-zA-Z0-9_]*")
+TEMPLATE_FILE = re.compile(r"template(\.[a-zA-Z_]+[a-zA-Z0-9_]*)?")
+FIELD_KEYS = {"id", "label", "type", "format", "choices", "help_text", "multiline", "secret", "ask_at_runtime", "default"}
+
+
+def check_inputs(inputs):
+    """The fields of a type of credentials as AWX checks them."""
+    names = [field.get("id") for field in inputs.get("fields", ())]
+    if set(inputs) - {"fields", "required", "dependencies", "metadata"} or len(set(names)) < len(names):
+        raise Refused(400, {"inputs": ["unknown keys, or a field twice: %s" % inputs]})
+    for field in inputs.get("fields", ()):
+        if not (set(field) <= FIELD_KEYS and isinstance(field.get("label"), str) and IDENTIFIER.fullmatch(str(field.get("id")))
+                and field["id"] != "tower" and field.get("type", "string") in ("string", "boolean")):
+            raise Refused(400, {"inputs": ["field %r" % field]})
+        if field.get("type") == "boolean" and set(field) & {"secret", "multiline", "choices", "format"}:
+            raise Refused(400, {"inputs": ["a boolean has no %s" % sorted(field)]})
+    if not set(inputs.get("required", ())) <= set(names):
+        raise Refused(400, {"inputs": ["required: not among the fields"]})
+
+
+def check_injectors(inputs, injectors):
+    """What a type of credentials puts into a job, as AWX checks it: names, that templates are templates, and name fields that exist."""
+    if set(injectors) - {"file", "env", "extra_vars"}:
+        raise Refused(400, {"injectors": ["Additional properties are not allowed"]})
+    files = injectors.get("file", {})
+    for name in files:
+        if not TEMPLATE_FILE.fullmatch(name) or (name == "template" and len(files) > 1):
+            raise Refused(400, {"injectors": ["Must use multi-file syntax when injecting multiple files: %s" % name]})
+    namespace = {field["id"]: "EXAMPLE" for field in inputs.get("fields", ())}
+    one = "EXAMPLE_FILENAME" if "template" in files else types.SimpleNamespace(
+        **{name.partition(".")[2]: "EXAMPLE_FILENAME" for name in files})
+    namespace["tower"] = types.SimpleNamespace(filename=one)
+    for kind, values in injectors.items():
+        for name, template in values.items():
+            if kind != "file" and not IDENTIFIER.fullmatch(name):
+                raise Refused(400, {"injectors": ["'%s' does not match" % name]})
+            if kind == "env" and name.startswith("ANSIBLE_"):
+                raise Refused(400, {"injectors": ["Environment variable %s may affect Ansible configuration" % name]})
+            try:
+                jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(template).render(namespace)
+            except jinja2.TemplateError as exc:
+                raise Refused(400, {"injectors": ["%s uses an undefined field (%s)" % (name, exc)]}) from None
 
 
 def check_answers(survey, answers):
@@ -204,6 +266,9 @@ class FakeAWX:
             known = self.objects[given["credential_type"]][1]["inputs"]
             if not set(known.get("required", ())) <= set(given["inputs"]) <= {field["id"] for field in known["fields"]}:
                 raise Refused(400, {"inputs": ["fields that are missing or unknown: %s" % sorted(given["inputs"])]})
+        if collection == "credential_types" and not given.get("managed"):
+            check_inputs(given.get("inputs") or {})
+            check_injectors(given.get("inputs") or {}, given.get("injectors") or {})
         if collection == "workflow_job_template_nodes" and given.get("extra_data"):
             check_answers(self.surveys.get(given["unified_job_template"]), given["extra_data"])
 
@@ -286,6 +351,11 @@ class FakeAWX:
     def one(self, method, item, given):
         if method == "PATCH":
             collection = self.objects[item["id"]][0]
+            if collection == "credential_types":
+                if given.get("inputs", item["inputs"]) != item["inputs"] and any(
+                        other["credential_type"] == item["id"] for other in self.items("credentials")):
+                    raise Refused(403, {"detail": "Modifications to inputs are not allowed for credential types that are in use"})
+                given = dict({key: item[key] for key in ("inputs", "injectors")}, **given)
             self.check(collection, dict(given, credential_type=item["credential_type"]) if collection == "credentials" else given)
             item.update(given)
         elif method == "DELETE":

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from fake_awx import TOKEN, FakeAWX, Server
+from fake_awx import TOKEN, FakeAWX, Refused, Server, check_survey
 
 PLAYBOOKS = ("enable", "reconcile", "rotate_keys", "disable", "status")
 AGENT_TOKEN = "agent-token-of-the-test"
@@ -193,3 +193,31 @@ def test_what_cannot_work_is_refused_before_anything_is_made(awx, tmp_path, sett
 def test_rights_that_are_missing_are_told(awx, tmp_path):
     assert "401" in setup(awx, tmp_path, LEAST, rc=2, token="another-one")[1]
     assert awx.written == []
+
+
+FIELDS = {"fields": [{"id": "token", "label": "Token", "secret": True}]}
+
+
+@pytest.mark.parametrize("inputs,injectors", [
+    ({"fields": [{"id": "to ken", "label": "x"}]}, {}), ({"fields": [{"id": "tower", "label": "x"}]}, {}), ({"fields": [{"id": "a"}]}, {}),
+    ({"fields": [{"id": "a", "label": "A"}] * 2}, {}), (dict(FIELDS, required=["b"]), {}), ({"field": []}, {}),
+    ({"fields": [{"id": "a", "label": "A", "type": "boolean", "secret": True}]}, {}), (FIELDS, {"vars": {}}),
+    (FIELDS, {"env": {"ANSIBLE_X": "1"}}), (FIELDS, {"env": {"9": "1"}}), (FIELDS, {"env": {"A": "{{ tokn }}"}}),
+    (FIELDS, {"file": {"template.a": "x"}, "env": {"A": "{{ tower.filename.b }}"}}),
+    (FIELDS, {"file": {"template": "x", "template.a": "y"}}), (FIELDS, {"file": {"template.9": "x"}}), (FIELDS, {"env": {"A": "{{"}}),
+])
+def test_the_small_awx_refuses_types_of_credentials_as_awx_does(inputs, injectors):
+    """From AWX's own tests of CredentialTypeInputField and CredentialTypeInjectorField."""
+    with pytest.raises(Refused):
+        FakeAWX([]).create("credential_types", {"name": "x", "kind": "cloud", "inputs": inputs, "injectors": injectors})
+
+
+@pytest.mark.parametrize("change", [
+    {"default": "blue"}, {"default": "red\ngreen"}, {"choices": []}, {"choices": ""}, {"type": "choice"}, {"required": "yes"},
+    {"type": "integer", "default": "5"}, {"type": "text", "min": "1"},
+])
+def test_the_small_awx_refuses_questions_as_awx_does(change):
+    question = dict({"type": "multiplechoice", "question_name": "Colour", "variable": "c", "required": True, "choices": ["red", "green"],
+                     "default": "red"}, **change)
+    with pytest.raises(Refused):
+        check_survey({"name": "", "description": "", "spec": [question]})

@@ -70,7 +70,8 @@ def test_configuration_is_what_the_agent_takes(node):
     ({"server": "https://h/path"}, "not the address"), ({"server": "https://h:abc"}, "not the address"),
     ({"server": "https://h?x=1"}, "not the address"), ({"token_file": "/t"}, "mutually exclusive: token|token_file"),
     ({"token": "two words"}, "token (mesh_agent_token):"),
-    ({"token": "line\nend"}, "token (mesh_agent_token):"), ({"grace": -1}, "mesh_agent_grace"), ({"table": 254}, "mesh_table"), ({"node": "W 1"}, "Node")])
+    ({"token": "line\nend"}, "token (mesh_agent_token):"),
+    ({"grace": -1}, "mesh_agent_grace"), ({"table": 254}, "mesh_table"), ({"node": "W 1"}, "Node")])
 def test_arguments_that_cannot_work(node, run_module, change, text):
     result = run_module(agent.main, {name: value for name, value in dict(ARGS, **change).items() if value is not None}, check=True)
     assert result["failed"] and text in result["msg"]
