@@ -57,3 +57,76 @@ def test_a_token_of_a_node_is_good_for_that_node():
     claim = "request.userInfo.extra['authentication.kubernetes.io/node-name']"
     rule = next(rule for rule in RULES if claim in rule)
     assert rule.startswith("!has(request.userInfo.extra) ||") and "name == request.name" in rule
+
+
+# --- what the policy says of requests, by CEL as it is
+
+BEFORE = {"metadata": {"name": "w1", "labels": {"a": "b"}, "annotations": {"other": "x"}, "finalizers": ["f"]},
+          "spec": {"podCIDR": "10.1.0.0/24"}}
+OWN = {"kubemesh.wireguard/public-key-0": "K"}
+ACCOUNT = "system:serviceaccount:kubemesh:node-agent"
+
+
+def changed(**parts):
+    """BEFORE with other parts of its metadata, or another spec; None takes one away."""
+    spec = parts.pop("spec", BEFORE["spec"])
+    metadata = {name: value for name, value in {**BEFORE["metadata"], **parts}.items() if value is not None}
+    return {"metadata": metadata, "spec": spec}
+
+
+def verdict(after, before=BEFORE, operation="UPDATE", user=ACCOUNT, extra=None, sub_resource="", name="w1"):
+    """What the API server answers: "passed over" where the policy does not match, "allowed", or the message of the first rule that is not
+    met."""
+    celpy = pytest.importorskip("celpy", reason="cel-python is in the environment of the gate only")
+
+    def evaluate(expression, **variables):
+        environment = celpy.Environment()
+        values = {"object": after, "oldObject": before, "request": request, "variables": variables}
+        context = {key: celpy.json_to_cel(value) for key, value in values.items()}
+        return environment.program(environment.compile(expression)).evaluate(context)
+
+    request = {"operation": operation, "name": name, "userInfo": {"username": user}, "subResource": sub_resource}
+    if extra is not None:
+        request["userInfo"]["extra"] = extra
+    if not all(evaluate(condition["expression"]) for condition in SPEC["matchConditions"]):
+        return "passed over"
+    variables = {}
+    for variable in SPEC["variables"]:
+        found = evaluate(variable["expression"], **variables)
+        variables[variable["name"]] = {str(key): str(value) for key, value in found.items()}
+    for rule in SPEC["validations"]:
+        if not evaluate(rule["expression"], **variables):
+            return rule["message"]
+    return "allowed"
+
+
+NODE = "authentication.kubernetes.io/node-name"
+ANNOTATION, REST = "changes only annotations", "leaves labels"
+
+
+@pytest.mark.parametrize("answer,after,request_", [
+    ("allowed", changed(annotations=dict(OWN, other="x")), {}),
+    ("allowed", changed(annotations=dict(OWN, other="x")), {"extra": {NODE: ["w1"]}}),
+    ("allowed", changed(annotations=dict(OWN, other="x")), {"extra": {"something": ["w2"]}}),
+    # its first annotation, and the last that it takes away
+    ("allowed", changed(annotations=OWN), {"before": changed(annotations=None)}),
+    ("allowed", changed(annotations=None), {"before": changed(annotations=OWN)}),
+    ("allowed", changed(labels=None, annotations=OWN), {"before": changed(labels=None, annotations=None)}),
+    ("bound to another Node", changed(annotations=dict(OWN, other="x")), {"extra": {NODE: ["w2"]}}),
+    (ANNOTATION, changed(annotations={"other": "y"}), {}),
+    (ANNOTATION, changed(annotations={}), {}),
+    (ANNOTATION, changed(annotations=None), {}),
+    (ANNOTATION, changed(annotations={"other": "x", "kubemesh.wireguard/excluded": "true"}), {}),
+    (REST, changed(labels={"a": "c"}), {}),
+    (REST, changed(labels=None), {}),
+    (REST, changed(finalizers=[]), {}),
+    (REST, changed(ownerReferences=[{"name": "x"}]), {}),
+    (REST, changed(spec={"podCIDR": "10.1.0.0/24", "unschedulable": True}), {}),
+    ("and nothing else", changed(annotations=dict(OWN, other="x")), {"sub_resource": "status"}),
+    ("and nothing else", None, {"operation": "DELETE"}),
+    ("and nothing else", changed(), {"operation": "CREATE", "before": None}),
+    ("passed over", changed(labels={"a": "c"}), {"user": "system:node:w1"}),
+])
+def test_what_the_policy_says_of_a_request(answer, after, request_):
+    found = verdict(after, **request_)
+    assert answer in found, found

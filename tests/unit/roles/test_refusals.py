@@ -26,7 +26,7 @@ WEAK = "S3cret-that-is-short"
 TOKEN = "tokentokentoken with-blanks"
 
 
-def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventory=None):
+def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventory=None, environ=None):
     """A playbook of the collection on three hosts; -> (exit code, all that it says)."""
     hosts = inventory or {"k8s_cluster": {"hosts": {"h%d" % number: NOBODY for number in range(3)}}}
     (tmp_path / "inventory.json").write_text(json.dumps(hosts))
@@ -36,7 +36,8 @@ def run(tmp_path, variables=None, playbook="kubemesh.wireguard.enable", inventor
         # No kubeconfig of whoever runs the tests
         HOME=str(tmp_path),
         ANSIBLE_COLLECTIONS_PATH=str(REPOSITORY.parents[2]), ANSIBLE_LOCALHOST_WARNING="false", ANSIBLE_HOME=str(tmp_path / "home"),
-        ANSIBLE_REMOTE_TEMP=str(tmp_path / "remote"), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", TMPDIR=str(tmp_path))
+        ANSIBLE_REMOTE_TEMP=str(tmp_path / "remote"), ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8", TMPDIR=str(tmp_path),
+        **(environ or {}))
     done = subprocess.run(
         [sys.executable, "-m", "ansible.cli.playbook", "-vvv", "-i", str(tmp_path / "inventory.json"), "-e",
          "@%s" % (tmp_path / "variables.json"), str(playbook)],
@@ -54,6 +55,19 @@ def test_values_that_cannot_work_are_refused_together_and_the_secret_is_not_show
         assert words in text, words
     # It is in the file of variables, and no word of it is in what the run says with -vvv.
     assert WEAK not in text and TOKEN.split(maxsplit=1)[0] not in text
+
+
+def test_accounts_are_not_made_in_another_cluster_than_the_one_that_is_named(tmp_path):
+    """kubernetes.core would take the server of the environment and the credentials of the kubeconfig."""
+    play = [{"hosts": "all", "gather_facts": False, "tasks": [
+        {"ansible.builtin.include_role": {"name": "kubemesh.wireguard.mesh", "tasks_from": "rbac"}}]}]
+    (tmp_path / "rbac.yml").write_text(json.dumps(play))
+    variables, playbook = {"mesh_kubeconfig": "/nowhere/config"}, str(tmp_path / "rbac.yml")
+    code, text = run(tmp_path, variables, playbook, environ={"K8S_AUTH_HOST": "https://127.0.0.1:1"})
+    assert code == 2 and "mesh_kubeconfig: K8S_AUTH_HOST is in the environment as well" in text and "Have the account" not in text, text
+    # Without it the same run goes on, to the kubeconfig that is not there.
+    code, text = run(tmp_path, variables, playbook)
+    assert code == 2 and "Have the account of the playbooks present" in text, text
 
 
 def test_nothing_stays_on_the_controller_where_no_host_can_be_reached(tmp_path):
