@@ -173,8 +173,8 @@ def count_junit(paths):
     return Result(passed=counts["tests"] - failed - counts["skipped"], failed=failed, skipped=counts["skipped"], failures=tuple(failures))
 
 
-def pytest(context, *arguments, venv=None, pythonpath=(), env=None):
-    """Run pytest on ARGUMENTS and count. A run without a single executed test is a failure, unless everything was skipped."""
+def pytest(context, *arguments, venv=None, pythonpath=(), env=None, cwd=None):
+    """Run pytest on ARGUMENTS in a directory, that of the repository if none is given, and count. A run without a single executed test is a failure, unless everything was skipped."""
     venv = venv or dev(context)
     report = context.output / f"{context.name}.xml"
     report.unlink(missing_ok=True)
@@ -182,7 +182,7 @@ def pytest(context, *arguments, venv=None, pythonpath=(), env=None):
     variables["HYPOTHESIS_STORAGE_DIRECTORY"] = context.work / "hypothesis"
     command = [venv / "bin" / "python", "-m", "pytest", "-q", "--color=no", f"--junitxml={report}", f"--basetemp={context.work / 'tmp'}"]
     try:
-        context.run([*command, *arguments], env=variables)
+        context.run([*command, *arguments], env=variables, cwd=cwd)
     except Failed as reason:
         raise Failed(str(reason), count_junit([report]) if report.exists() else None) from None
     return count_junit([report])
@@ -297,9 +297,9 @@ def unit_core_2_19(context):
 
 
 def unit_tests(context, *arguments):
-    """pytest with the collection, and with those that optional features need."""
-    others = prepare.other_collections(tool(context, "python"))
-    return pytest(context, *arguments, pythonpath=[tree(context).parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others})
+    """pytest in a tree of collections, where tests that run playbooks find their own, with those that optional features need."""
+    others, root = prepare.other_collections(tool(context, "python")), tree(context)
+    return pytest(context, *arguments, pythonpath=[root.parents[2], others], env={"ANSIBLE_COLLECTIONS_PATH": others}, cwd=root)
 
 
 @check("unit", timeout=BACKGROUND, background=True)
