@@ -142,11 +142,15 @@ def text_of(lab, node, script):
 
 
 def traces(lab, node):
-    """Everything of a node that the mesh could leave behind, as text by what it is."""
+    """Everything of a node that the mesh could leave behind, as text by what it is.
+
+    Not what useradd(8) and userdel(8) keep of the time before, /etc/passwd- and its like: that is the same change, one step behind.
+    """
     script = r"""
 cd /
 echo "## files"; find /etc /run/kubemesh /usr/local /var/lib /root -xdev \( -path /etc/ssh -o -path '*/systemd/timers' \
-  -o -path '/root/.ansible*' -o -path '*/__pycache__*' \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null \
+  -o -path '/root/.ansible*' -o -path '*/__pycache__*' -o -path '/etc/passwd-' -o -path '/etc/group-' -o -path '/etc/shadow-' \
+  -o -path '/etc/gshadow-' \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null \
   | sort -z | xargs -0r sha256sum 2>/dev/null
 echo "## folders"; find /etc -xdev -type d | sort
 echo "## links"; ip -o link | sed 's/^[0-9]*: //; s/ \(mtu\|qlen\) .*//' | sort

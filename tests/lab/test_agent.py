@@ -367,4 +367,5 @@ def test_disable_removes_the_agents(cluster):
     assert cluster.published() == {node: {} for node in lab.nodes[:3]}
     # A reboot of its own changes what systemd notes of a boot, so node-3 is not compared.
     for node in ("node-1", "node-2"):
-        assert differences(lab.before[node], traces(lab, node)) == []
+        found = differences(lab.before[node], traces(lab, node))
+        assert not found, "\n".join(found)

@@ -557,19 +557,26 @@ def lab_runner(context):
     return lab_tests(context, "lab-runner")
 
 
+def eda(context):
+    """The environment with ansible-rulebook."""
+    found = once(context, "eda", prepare.venv_eda)
+    if found is None:
+        raise Skipped("Python 3.12 is not on this machine")
+    return found
+
+
 @check("eda", timeout=600, cores=2)
 def rulebook(context):
     """ansible-rulebook with the rulebooks, the event source, the inventory plugin and the playbook as installed."""
-    venv = once(context, "eda", prepare.venv_eda)
     env = {"ANSIBLE_COLLECTIONS_PATH": collections_path(context)}
-    return pytest(context, TESTS / "eda" / "test_rulebook.py", venv=venv, env=env)
+    return pytest(context, TESTS / "eda" / "test_rulebook.py", venv=eda(context), env=env)
 
 
 @check("eda", timeout=2700, cores=2, name="eda-lab")
 def eda_lab(context):
     """ansible-rulebook on hosts with systemd: nodes that join, change, are replaced and leave, over ssh, with traffic."""
     need_root()
-    return lab_tests(context, "eda-lab", once(context, "eda", prepare.venv_eda))
+    return lab_tests(context, "eda-lab", eda(context))
 
 
 @check("molecule", timeout=600, cores=2)

@@ -191,9 +191,11 @@ def venv_dev():
 
 
 def venv_eda():
-    """ansible-rulebook and the Java that it runs its rules in."""
+    """ansible-rulebook on the Python of the Decision Environment, and the Java that it runs its rules in; None where that Python is not."""
+    if python("3.12") is None:
+        return None
     debian_packages("openjdk-17-jre-headless")
-    return _required("eda", ("3.11", "3.12"), "requirements-eda.txt")
+    return venv("eda", python("3.12"), "requirements-eda.txt")
 
 
 def venv_core_2_21():
