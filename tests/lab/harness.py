@@ -144,15 +144,16 @@ def text_of(lab, node, script):
 def traces(lab, node):
     """Everything of a node that the mesh could leave behind, as text by what it is.
 
-    Not what useradd(8) and userdel(8) keep of the time before, /etc/passwd- and its like: that is the same change, one step behind.
+    Not what useradd(8) and userdel(8) keep of the time before, /etc/passwd- and its like: that is the same change, one step
+    behind. Nor the CA of the cluster, which the tests put there.
     """
     script = r"""
 cd /
 echo "## files"; find /etc /run/kubemesh /usr/local /var/lib /root -xdev \( -path /etc/ssh -o -path '*/systemd/timers' \
   -o -path '/root/.ansible*' -o -path '*/__pycache__*' -o -path '/etc/passwd-' -o -path '/etc/group-' -o -path '/etc/shadow-' \
-  -o -path '/etc/gshadow-' \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null \
+  -o -path '/etc/gshadow-' -o -path /etc/kubernetes \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null \
   | sort -z | xargs -0r sha256sum 2>/dev/null
-echo "## folders"; find /etc -xdev -type d | sort
+echo "## folders"; find /etc -xdev -path /etc/kubernetes -prune -o -type d -print | sort
 echo "## links"; ip -o link | sed 's/^[0-9]*: //; s/ \(mtu\|qlen\) .*//' | sort
 echo "## addresses"; ip -o addr | awk '{print $2, $4}' | sort
 echo "## rules"; ip rule; ip -6 rule

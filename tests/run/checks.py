@@ -174,7 +174,10 @@ def count_junit(paths):
 
 
 def pytest(context, *arguments, venv=None, pythonpath=(), env=None, cwd=None):
-    """Run pytest on ARGUMENTS in a directory, that of the repository if none is given, and count. A run without a single executed test is a failure, unless everything was skipped."""
+    """Run pytest on ARGUMENTS, and count. A run without a single executed test is a failure, unless everything was skipped.
+
+    C(cwd): the directory; that of the repository if none is given.
+    """
     venv = venv or dev(context)
     report = context.output / f"{context.name}.xml"
     report.unlink(missing_ok=True)
