@@ -14,6 +14,7 @@ is one; and it goes on working without it.
 
 from __future__ import annotations
 
+import collections
 import fcntl
 import json
 import os
@@ -77,9 +78,6 @@ PUBLISH_AGAIN = 600.0
 REST = 4.0
 # Seconds until a node that could not be taken out of the document is tried again.
 GONE_AGAIN = 5.0
-# Seconds after a comparison with the kernel in which what somebody takes away brings no other: two programs that undo what the other does
-# must not keep a node busy.
-DRIFT_AGAIN = 5.0
 # Seconds for one command of iproute2 or nft. A turn with the lock runs several, and a run waits for it no longer than `_lock.WAIT_SECONDS`.
 COMMAND_SECONDS = 20
 STATE_MODE = 0o644
@@ -146,6 +144,7 @@ class Kernel:
         self.system = System(Host())
         # (generation, link, state of the device, routes and rules) as they were read, or left
         self.last = None
+        self.things = (None, frozenset())  # (of which `last`, what can be missing of it)
 
     def name(self, generation):
         return "%s%d" % (self.config["interface"], generation)
@@ -169,7 +168,9 @@ class Kernel:
 
     def misses(self, found):
         """Whether something of `_agent_drift.taken_away` was to stay."""
-        return _agent_drift.is_missing(found, self.last)
+        if self.things[0] is not self.last:
+            self.things = (self.last, _agent_drift.things(self.last))
+        return not self.things[1].isdisjoint(found)
 
     def sends_all(self):
         """Whether the rules of this node, as a run left them, steer packets whatever their source."""
@@ -331,7 +332,7 @@ class Agent:
         self.guard_whole = False  # whether the next comparison reads the guard first
         self.whole = True         # whether the next comparison reads the kernel first
         self.expected = True      # whether the next comparison is to find something to do
-        self.drift_after = 0.0    # when the next comparison may be made for what somebody took away
+        self.looks = collections.deque(maxlen=_agent_drift.LOOKS)  # when was looked for what somebody took away
 
     def pod_follower(self, resource):
         """The thread that follows one of the resources that the pods' addresses come from."""
@@ -535,7 +536,9 @@ class Agent:
         if self.whole or self.failures or self.waits or not (found is None or self.kernel.misses(found)):
             return
         self.whole = True
-        self.due["converge"] = min(self.due["converge"], max(self.clock(), self.drift_after))
+        look = _agent_drift.look_at(self.clock(), self.looks)
+        self.looks.append(look)
+        self.due["converge"] = min(self.due["converge"], look)
 
     # --- documents
 
@@ -820,7 +823,6 @@ class Agent:
                 if self.document is not None:
                     self.work()
             if self.whole:
-                self.drift_after = self.clock() + DRIFT_AGAIN
                 self.due["compare"] = now + random.uniform(*decide.COMPARE)  # noqa: S311 - spreads work, protects nothing
             self.failures, self.whole = 0, False
             self.due["converge"] = min(when for when in (self.due["compare"], self.due["send"]) if when is not None)

@@ -33,6 +33,10 @@ RTA_DST, RTA_TABLE = 1, 15
 FRA_SRC, FRA_IIFNAME, FRA_PRIORITY, FRA_TABLE = 2, 3, 6, 15
 # struct ifinfomsg, ifaddrmsg, rtmsg, fib_rule_hdr
 HEADERS = {RTM_NEWLINK: "=BBHiII", RTM_DELLINK: "=BBHiII", RTM_DELADDR: "=BBBBI", RTM_DELROUTE: "=BBBBBBBBI", RTM_DELRULE: "=BBBBBBBBI"}
+# Seconds from the first thing that is taken away to the look at all that is.
+SETTLE = 0.1
+# How many looks there are within how many seconds at most: two programs that undo what the other does must not keep a node busy.
+LOOKS, LOOKS_WITHIN = 3, 15.0
 FAMILIES = {socket.AF_INET: "ipv4", socket.AF_INET6: "ipv6"}
 
 
@@ -94,20 +98,28 @@ def _item(kind, header, parts, devices, tables):
     return "rule", family, _number(parts, FRA_PRIORITY, 0), table, source, _text(parts.get(FRA_IIFNAME, b""))
 
 
-def is_missing(found, left):
-    """Whether any of `taken_away` is what was left in the kernel, and so was not taken away by who left it.
+def things(left):
+    """What of `taken_away` would be missing: all that was left in the kernel, as a set.
 
     ``left``: (generation, link, state of the device, routes and rules) as of `_agent.Kernel`; None where nobody knows: what comes next
-    reads all of it anyway.
+    reads all of it anyway. What the agent itself takes away is not what it left.
     """
     if left is None:
-        return False
+        return frozenset()
     dummy, link, state, current = left
     there = {("link", (state or {}).get("name"))}
     there |= {("address", address) for address in (link or {}).get("addresses", ())}
     there |= {("route", route["table"], route["dst"]) for route in current["routes"]}
     there |= {("rule", rule["family"], rule["priority"], rule["table"], rule["from"], rule["iif"]) for rule in current["rules"]}
-    return any(item in there for item in found)
+    return frozenset(there)
+
+
+def look_at(now, looks):
+    """When to look what is missing, in seconds of a monotonic clock. ``looks``: when that was done before, the last `LOOKS` of them.
+
+    Who takes one thing away takes the next one a moment later: networkd flushes rules and routes one by one.
+    """
+    return max(now + SETTLE, looks[0] + LOOKS_WITHIN if len(looks) >= LOOKS else 0.0)
 
 
 class DriftWatcher(KernelWatcher):

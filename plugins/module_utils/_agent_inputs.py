@@ -18,6 +18,7 @@ at ends it with ``{"path", "error"}``.
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -29,6 +30,8 @@ HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - not
 # Rights of a file beyond its mode (acl(5))
 ACL = "system.posix_acl_access"
 READ, SEARCH = 4, 1
+# As many links as the kernel follows: path_resolution(7)
+LINKS_MAX = 40
 
 
 def may(place, bit, uid, gids):
@@ -39,10 +42,12 @@ def may(place, bit, uid, gids):
 
 def why_unreadable(way, uid, gids):
     """Why the service cannot read a file, or an empty text where it can, or nobody knows."""
-    for folder in HIDDEN:
-        if way["real"].startswith(folder + "/"):
-            return "the service does not see what is below %s" % folder
     for place in way["places"]:
+        for folder in HIDDEN:
+            if place["path"].startswith(folder + "/"):
+                return "the service does not see what is below %s" % folder
+        if "link" in place:
+            continue  # anybody may follow it who comes to it
         if "error" in place:
             return "%s: %s" % (place["path"], place["error"])
         bit = READ if place["path"] == way["real"] else SEARCH
@@ -109,21 +114,40 @@ def has_acl(path):
 
 
 def way_to(path):
-    """The way to a file."""
-    real = os.path.realpath(path)
-    parts, place = [real], real
-    while place != "/":
-        place = os.path.dirname(place)
-        parts.append(place)
-    places = []
-    for place in reversed(parts):
-        try:
-            found = os.stat(place)
-        except OSError as exc:
-            places.append({"path": place, "error": exc.strerror})
+    """The way to a file as path_resolution(7) has it: each directory that is gone through and each link that is followed, then the file."""
+    here, rest, places, links = "/", path.split("/"), [place_of("/")], 0
+    while rest:
+        name, rest = rest[0], rest[1:]
+        if name in ("", "."):
+            continue
+        if name == "..":
+            here = os.path.dirname(here)
+            continue
+        found = place_of(os.path.join(here, name))
+        places.append(found)
+        if "error" in found:
+            here = found["path"]
             break
-        places.append({"path": place, "mode": found.st_mode & 0o7777, "uid": found.st_uid, "gid": found.st_gid, "acl": has_acl(place)})
-    return {"real": real, "places": places}
+        if "link" in found:
+            links += 1
+            if links > LINKS_MAX:
+                places.append({"path": path, "error": os.strerror(errno.ELOOP)})
+                break
+            here, rest = "/" if found["link"].startswith("/") else here, found["link"].split("/") + rest
+        else:
+            here = found["path"]
+    return {"real": here, "places": places}
+
+
+def place_of(path):
+    """One of them."""
+    try:
+        if os.path.islink(path):
+            return {"path": path, "link": os.readlink(path)}
+        found = os.stat(path)
+    except OSError as exc:
+        return {"path": path, "error": exc.strerror}
+    return {"path": path, "mode": found.st_mode & 0o7777, "uid": found.st_uid, "gid": found.st_gid, "acl": has_acl(path)}
 
 
 def read_inputs(paths):

@@ -17,6 +17,7 @@ import ast
 import compileall
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -302,20 +303,26 @@ def wait_for_api(clock=time.monotonic, pause=time.sleep):
         pause(API_INTERVAL)
 
 
-def wanted_files(config_text, python, as_root, devices):
+def is_own_user():
+    """Whether the agent's user is not there yet, or was made by an earlier run: one that somebody else made is theirs to remove."""
+    return identity() is None or os.path.lexists(USERS_FILE)
+
+
+def wanted_files(config_text, python, as_root, devices, own_user):
     """``{path: (text, mode)}`` of everything but program and token."""
+    users = {USERS_FILE: (users_text(), 0o644)} if own_user else {}
     return {
         CONFIG_FILE: (config_text, 0o644),
         UNIT_FILE: (unit_text(python, as_root, devices), 0o644),
         GUARD_UNIT_FILE: (guard_unit_text(python, as_root), 0o644),
-        USERS_FILE: (users_text(), 0o644),
         FOLDERS_FILE: (folders_text(as_root), 0o644),
+        **users,
     }
 
 
 def plan_present(config_text, token, python, as_root, devices, files):
     """Steps to an installed agent. ``token``: text, or None to leave the one that is there alone."""
-    steps = plan_files(wanted_files(config_text, python, as_root, devices))
+    steps = plan_files(wanted_files(config_text, python, as_root, devices, is_own_user()))
     if linked() != folder_of(files) or not is_complete(folder_of(files), files):
         steps.append({"op": "install_program", "path": folder_of(files)})
     if token is not None and read_text(TOKEN_FILE) != token + "\n":
@@ -328,8 +335,9 @@ def plan_present(config_text, token, python, as_root, devices, files):
 
 
 def plan_absent():
-    """Steps to a node without agent."""
-    steps = plan_files(dict.fromkeys((CONFIG_FILE, UNIT_FILE, GUARD_UNIT_FILE, USERS_FILE, FOLDERS_FILE), (None, 0o644)))
+    """Steps to a node without agent. Its user stays where somebody else made it."""
+    given = token_file_of(read_text(CONFIG_FILE) or "")
+    steps = plan_files(dict.fromkeys((CONFIG_FILE, UNIT_FILE, GUARD_UNIT_FILE, FOLDERS_FILE), (None, 0o644)))
     if os.path.lexists(LINK) or os.path.lexists(UNFINISHED):
         steps.append({"op": "remove_program", "path": LINK})
     if os.path.lexists(TOKEN_FILE):
@@ -337,9 +345,21 @@ def plan_absent():
     for path in (STATE, RUNTIME):
         if os.path.isdir(path):
             steps.append({"op": "remove_folder", "path": path})
-    if identity() is not None:
-        steps.append({"op": "remove_user", "path": USER})
-    return steps
+    if identity() is not None and os.path.lexists(USERS_FILE):
+        steps.append({"op": "remove_user", "path": USER, "token_file": given})
+    elif identity() is not None and steps:
+        steps.append({"op": "leave_user", "path": USER})
+    # Last: by this file it is known whose the user is.
+    return steps + plan_files({USERS_FILE: (None, 0o644)})
+
+
+def token_file_of(config):
+    """The token file that somebody else keeps, of the text of a configuration; None where there is none."""
+    try:
+        path = json.loads(config)["token_file"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return path if isinstance(path, str) and path != TOKEN_FILE else None
 
 
 def apply_present(system, steps, token, files, restart):
@@ -372,19 +392,22 @@ def apply_present(system, steps, token, files, restart):
     remove_file(UNFINISHED)
 
 
-def disown(gid):
-    """Give what is below the folders of the mesh and belongs to the group of the service to root's: its number may be another's one day.
+def disown(gid, others=()):
+    """Give what belongs to the group of the service to root's: its number may be another's one day.
 
-    The folder of the configuration hands its group to what is made in it, so that the service can read it.
+    That is what is below the folders of the mesh, as the folder of the configuration hands its group to what is made in it, so that the
+    service can read it; and files of ``others``.
     """
+    paths = [path for path in others if path]
     for folder in (CONFIG_FOLDER, LOCK_FOLDER):
         for place, dummy, names in os.walk(folder):
-            for path in [place] + [os.path.join(place, name) for name in names]:
-                try:
-                    if os.lstat(path).st_gid == gid:
-                        os.lchown(path, -1, 0)
-                except FileNotFoundError:
-                    pass  # a run of another playbook has taken it away
+            paths += [place] + [os.path.join(place, name) for name in names]
+    for path in paths:
+        try:
+            if os.lstat(path).st_gid == gid:
+                os.lchown(path, -1, 0)
+        except FileNotFoundError:
+            pass  # a run of another playbook has taken it away
 
 
 def apply_absent(system, steps):
@@ -405,8 +428,8 @@ def apply_absent(system, steps):
             os.unlink(TOKEN_FILE)
         elif step["op"] == "remove_folder":
             shutil.rmtree(step["path"], ignore_errors=True)
-        elif step["op"] == "remove_user":
-            disown(identity()[1])
+        elif step["op"] in ("remove_user", "leave_user"):
+            disown(identity()[1], [step.get("token_file")])
             if os.path.isdir(LOCK_FOLDER):
                 os.chown(LOCK_FOLDER, 0, 0)
                 os.chmod(LOCK_FOLDER, 0o700)
@@ -415,6 +438,7 @@ def apply_absent(system, steps):
                 os.chmod(CONFIG_FOLDER, CONFIG_FOLDER_MODE)
             if os.path.exists(GUARD_FILE):
                 os.chown(GUARD_FILE, 0, 0)
-            system.run(["userdel", USER])
+            if step["op"] == "remove_user":
+                system.run(["userdel", USER])
     system.run(["systemctl", "daemon-reload"])
     remove_empty_folders([CONFIG_FOLDER, LOCK_FOLDER])

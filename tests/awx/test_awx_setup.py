@@ -65,7 +65,8 @@ def setup(awx, tmp_path, settings, *args, rc=0, token=TOKEN):
 def test_everything_is_made_once_and_taken_away_again(awx, tmp_path):
     before = awx.names()
     changed, text = setup(awx, tmp_path, ALL, "--check", "--diff")
-    assert changed == 1 and "job templates for enable, reconcile, rotate_keys, disable, status" in " ".join(text.split())
+    said = " ".join(text.split())
+    assert changed == 1 and "Not there yet: kubemesh, kubemesh kubeconfig, " in said and "kubemesh status. They would be made" in said, text
     assert awx.written == []
     changed, text = setup(awx, tmp_path, ALL, "-vvv")
     assert changed > 0
@@ -192,6 +193,15 @@ def test_what_cannot_work_is_refused_before_anything_is_made(awx, tmp_path, sett
 
 def test_rights_that_are_missing_are_told(awx, tmp_path):
     assert "401" in setup(awx, tmp_path, LEAST, rc=2, token="another-one")[1]
+    assert awx.written == []
+
+
+def test_a_check_of_what_came_later_says_what_is_missing(awx, tmp_path):
+    """A type of credentials that is not there yet cannot be looked up by what would refer to it."""
+    setup(awx, tmp_path, {key: value for key, value in ALL.items() if key != "mesh_awx_agent_token"})
+    awx.written.clear()
+    changed, text = setup(awx, tmp_path, ALL, "--check")
+    assert changed == 1 and "Not there yet: kubemesh agent token. They would be made" in " ".join(text.split()), text
     assert awx.written == []
 
 

@@ -527,6 +527,11 @@ class TestKubeconfig:
         server = given.get("host", cluster["server"])
         assert found == source.Connection(server, found="kubeconfig %s" % (tmp_path / "config"), **expected)
 
+    def test_half_a_client_certificate(self, tmp_path):
+        (tmp_path / "config").write_text(config({"token": "t"}))
+        with pytest.raises(source.SourceError, match="client_key: it is given without client_cert"):
+            source.find_connection(source.settings_of({"kubeconfig": str(tmp_path / "config"), "client_key": "/k"}, {}), {}, "/nowhere")
+
     def test_credentials_of_arguments_for_a_user_that_needs_a_program(self, tmp_path):
         (tmp_path / "config").write_text(config({"exec": {"command": "aws"}}))
         found = source.find_connection(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import all_encrypted, differences, keep_on_failure, made, traces
+from harness import all_encrypted, differences, infos, keep_on_failure, made, traces
 
 PROGRAM = str(Path(sys.executable).parent / "ansible-runner")
 NODES = 2
@@ -100,7 +100,7 @@ def test_enable_and_status(lab):
 
 @pytest.mark.parametrize("playbook", ["reconcile", "disable"])
 def test_a_slice_is_refused(lab, playbook):
-    assert all_encrypted(lab)
+    assert all_encrypted(infos(lab))
     before = {node: traces(lab, node) for node in lab.nodes}
     job = Job(lab, playbook, JOB, hosts=["node-1"])
     assert job.rc != 0 and not job.artifact
@@ -116,7 +116,7 @@ def test_a_limit_in_a_job_and_a_part_of_an_inventory_elsewhere_are_not(lab):
     assert job.rc == 0, job.text[-4000:]
     assert job.summary() == dict(WHOLE, nodes=1, pairs_encrypted=NODES - 1, changed=False, nodes_changed=0)
     assert Job(lab, "reconcile", hosts=["node-1"]).rc == 0
-    assert all_encrypted(lab)
+    assert all_encrypted(infos(lab))
 
 
 def test_a_check_fails_where_something_is_in_clear(lab):

@@ -420,6 +420,8 @@ def with_arguments(connection, settings):
     """The `Connection` of a kubeconfig with what arguments say instead. Credentials are one thing: any of them replaces them all, as a
     server that is shown two identities takes one of its own choice."""
     replaced = {}
+    if settings["client_key"] and not settings["client_cert"]:
+        raise SourceError("client_key: it is given without client_cert (K8S_AUTH_CERT_FILE); give both, or none")
     if any(settings[name] for name in CREDENTIALS):
         replaced.update(token=None if settings["api_key_file"] else settings["api_key"], token_file=settings["api_key_file"],
                         cert_file=settings["client_cert"], cert_data=None, key_file=settings["client_key"], key_data=None)

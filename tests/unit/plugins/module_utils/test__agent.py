@@ -20,7 +20,15 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import documents
 
-from ansible_collections.kubemesh.wireguard.plugins.module_utils import _agent, _agent_guard, _agent_plan, _mesh, _pods, _wg_plan
+from ansible_collections.kubemesh.wireguard.plugins.module_utils import (
+    _agent,
+    _agent_drift,
+    _agent_guard,
+    _agent_plan,
+    _mesh,
+    _pods,
+    _wg_plan,
+)
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._kube_watch import ApiError
 from ansible_collections.kubemesh.wireguard.plugins.module_utils._mesh import MeshError
 
@@ -596,24 +604,41 @@ def test_what_somebody_takes_away_is_read_and_put_back_but_not_all_the_time(agen
     assert agent.kernel.reads == 1
     agent.now += 10
     agent.on_drift(["another's"])
+    agent.now += 1.1 * _agent_drift.SETTLE
     agent.tick()
     assert agent.kernel.reads == 1
+    # what goes together is looked at together
     agent.on_drift(["another's", "ours"])
     agent.on_drift(["ours"])
     agent.tick()
-    assert agent.kernel.reads == 2
-    # again at once: somebody undoes what the agent does
-    agent.on_drift(["ours"])
+    assert agent.kernel.reads == 1 and 0 < agent.pause() < 2 * _agent_drift.SETTLE
+    began = agent.now
+    for count in range(_agent_drift.LOOKS):
+        agent.now += 1.1 * _agent_drift.SETTLE
+        agent.tick()
+        assert agent.kernel.reads == 2 + count
+        agent.on_drift(["ours"])
+    # somebody undoes what the agent does
+    agent.now += 1
     agent.tick()
-    assert agent.kernel.reads == 2 and 0 < agent.pause() <= _agent.DRIFT_AGAIN
-    agent.now += _agent.DRIFT_AGAIN
+    assert agent.kernel.reads == 1 + _agent_drift.LOOKS
+    agent.now = began + _agent_drift.LOOKS_WITHIN + 1.1 * _agent_drift.SETTLE
     agent.tick()
-    assert agent.kernel.reads == 3
+    assert agent.kernel.reads == 2 + _agent_drift.LOOKS
     # more was told than there was room for
-    agent.now += _agent.DRIFT_AGAIN
+    agent.now += _agent_drift.LOOKS_WITHIN
     agent.on_drift(None)
+    agent.now += 1.1 * _agent_drift.SETTLE
     agent.tick()
-    assert agent.kernel.reads == 4
+    assert agent.kernel.reads == 3 + _agent_drift.LOOKS
+
+
+def test_the_first_look_after_a_comparison_is_not_put_off(agent):
+    agent.tick()
+    agent.on_drift(["ours"])
+    agent.now += 1.1 * _agent_drift.SETTLE
+    agent.tick()
+    assert agent.kernel.reads == 2
 
 
 def test_what_is_taken_away_does_not_hasten_what_failed(agent):
@@ -621,6 +646,7 @@ def test_what_is_taken_away_does_not_hasten_what_failed(agent):
     agent.now += 10
     agent.kernel.errors = [MeshError("no")]
     agent.on_drift(["ours"])
+    agent.now += 1.1 * _agent_drift.SETTLE
     agent.tick()
     tried = agent.kernel.reads
     agent.on_drift(["ours"])

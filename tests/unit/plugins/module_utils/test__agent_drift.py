@@ -95,10 +95,14 @@ LEFT = (0, {"addresses": ["10.244.1.0/32"]}, {"name": "wgmesh0"}, {
     ("rule", "ipv4", 400, 51840, "10.244.1.0/24", ""),
 ])
 def test_only_what_was_to_stay_is_missing(item):
-    assert drift.is_missing([item], LEFT) and drift.is_missing([("route", 51840, "10.9.0.0/24"), item], LEFT)
-    # what the agent itself took away is not what it left
-    assert not drift.is_missing([(item[0], "other", *item[2:])], LEFT)
-    assert not drift.is_missing([item], None) and not drift.is_missing([item], (0, None, None, {"routes": [], "rules": []}))
+    assert item in drift.things(LEFT) and (item[0], "other", *item[2:]) not in drift.things(LEFT)
+    assert not drift.things(None) and item not in drift.things((0, None, None, {"routes": [], "rules": []}))
+
+
+def test_when_to_look():
+    assert drift.look_at(100.0, []) == drift.look_at(100.0, [99.0, 99.5]) == 100.0 + drift.SETTLE
+    assert drift.look_at(100.0, [90.0, 99.0, 99.5]) == 90.0 + drift.LOOKS_WITHIN
+    assert drift.look_at(200.0, [90.0, 99.0, 99.5]) == 200.0 + drift.SETTLE
 
 
 class Socket:

@@ -38,8 +38,37 @@ def test_a_file_that_the_service_does_not_see_or_that_is_not_there(tmp_path, mon
     assert "/nowhere: No such file" in _agent_inputs.why_unreadable(_agent_inputs.way_to("/nowhere/ca.crt"), 0, [0])
     # a link is followed: its name says nothing about where the file is
     monkeypatch.setattr(_agent_inputs, "HIDDEN", (str(tmp_path / "hidden"),))
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "ca.crt").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "hidden" / "ca.crt")
     assert "does not see" in _agent_inputs.why_unreadable(_agent_inputs.way_to(str(tmp_path / "link")), 0, [0])
+
+
+def test_each_link_on_the_way_counts(tmp_path, monkeypatch):
+    """A file that all may read is not reached through a directory that its name goes through, though the file lies elsewhere."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "ca.crt").write_text("")
+    (tmp_path / "closed").mkdir(mode=0o700)
+    (tmp_path / "closed" / "link").symlink_to("../open/./ca.crt")
+    (tmp_path / "short").symlink_to(tmp_path / "closed")
+    right = _agent_inputs.may
+    # What lies above is as the test runner made it.
+    monkeypatch.setattr(_agent_inputs, "may", lambda place, *who: not place["path"].startswith(str(tmp_path) + "/") or right(place, *who))
+
+    def why(name):
+        monkeypatch.setattr(_agent_inputs, "HIDDEN", hidden)
+        return _agent_inputs.why_unreadable(_agent_inputs.way_to(str(tmp_path / name)), -1, [])
+
+    hidden = ()
+    assert why("open/ca.crt") == why("open/../open/ca.crt") == ""
+    for name in ("closed/link", "short/link"):
+        assert "closed has mode 0700" in why(name)
+    (tmp_path / "closed").chmod(0o755)
+    assert why("closed/link") == why("short/link") == ""
+    hidden = (str(tmp_path / "closed"),)
+    assert "does not see what is below" in why("short/link")
+    (tmp_path / "open" / "ring").symlink_to("ring")
+    assert "Too many levels" in why("open/ring")
 
 
 def test_the_way_to_a_file_as_it_is_read(tmp_path, monkeypatch):

@@ -103,6 +103,33 @@ def test_an_installation_that_was_interrupted_is_removed(node, library):
     assert not library.exists() and [step for step in install.plan_absent() if step["op"] != "remove_user"] == []
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_user_that_somebody_else_made_stays(node, library, tmp_path, monkeypatch, own):
+    """And a token file that was given to the group of one that goes is root's then."""
+    token, given, commands = tmp_path / "token of others", [], []
+    token.write_text("t")
+    config = json.dumps({"token_file": str(token)})
+    monkeypatch.setattr(install.os, "lchown", lambda path, uid, gid: given.append((path, uid, gid)))
+    if own:
+        monkeypatch.setattr(install, "identity", lambda: None)
+    assert install.is_own_user() is own
+    for path, (text, dummy) in install.wanted_files(config, "/p", False, [], install.is_own_user()).items():
+        with open(path, "w", encoding="utf-8") as handle:
+            handle.write(text)
+    assert os.path.exists(install.USERS_FILE) is own
+    monkeypatch.setattr(install, "identity", lambda: (os.getuid(), token.stat().st_gid))
+    assert install.is_own_user() is own
+    steps = install.plan_absent()
+    system = System()
+    monkeypatch.setattr(system, "run", commands.append, raising=False)
+    install.apply_absent(system, steps)
+    assert (["userdel", install.USER] in commands) is own
+    assert ((str(token), -1, 0) in given) is own
+    assert not os.path.exists(install.USERS_FILE) and not os.path.exists(install.CONFIG_FILE)
+    # a second run has nothing to do, and a user that goes is known to be ours to the last
+    assert install.plan_absent() == [] and (not own or steps[-1]["path"] == install.USERS_FILE)
+
+
 def test_program_is_whole_and_needs_nothing_else(library):
     """It runs with the standard library alone, from its own directory, and says what it lacks."""
     files = install.program_files(install.source_of, PROGRAM)

@@ -95,7 +95,7 @@ def test_findings_do_not_fail_unless_asked_to(run_module, node):
     assert not run_module(preflight.main, {"node": "worker-1", "fail_on_error": True}).get("failed")
 
 
-UNREADABLE = {"real": "/root/ca", "places": []}
+UNREADABLE = {"real": "/root/ca", "places": [{"path": "/root/ca", "error": "No such file or directory"}]}
 
 
 def test_files_of_the_agent_are_looked_at_where_it_is_named(run_module, node, monkeypatch):
