@@ -193,22 +193,22 @@ def test_away_and_back(api, told):
 
 
 def test_tls_tokens_and_rotation(tmp_path):
-    with apiserver.ApiServer(tls_dir=tmp_path / "tls", tokens={"agent": "t-1"}) as api:
+    with apiserver.ApiServer(tls_dir=tmp_path / "tls", tokens={"agent": "bearer-1"}) as api:
         token = tmp_path / "token"
         client = _kube_api.KubeClient(api.url, api.ca_file, str(token))
         with pytest.raises(MeshError, match="cannot be read"):
             client.list(NODES, "NodeList", str)
-        token.write_text("t-1\n")
+        token.write_text("bearer-1\n")
         assert client.list(NODES, "NodeList", str)[0] == []
-        api.set_tokens({"agent": "t-2"})
+        api.set_tokens({"agent": "bearer-2"})
         with pytest.raises(_kube_watch.ApiError, match=r"401.*renew the one in"):
             client.list(NODES, "NodeList", str)
-        token.write_text("t-2\n")
+        token.write_text("bearer-2\n")
         assert client.list(NODES, "NodeList", str)[0] == []
         api.refuse("list", "nodes")
         with pytest.raises(_kube_watch.ApiError, match="RBAC") as caught:
             client.list(NODES, "NodeList", str)
-        assert "t-2" not in str(caught.value)
+        assert "bearer-2" not in str(caught.value)
         with pytest.raises(_kube_watch.ApiError, match="CA"):
             _kube_api.KubeClient(api.url, None, str(token)).list(NODES, "NodeList", str)
 
