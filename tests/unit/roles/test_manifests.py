@@ -73,14 +73,14 @@ def changed(**parts):
     return {"metadata": metadata, "spec": spec}
 
 
-def verdict(after, before=BEFORE, operation="UPDATE", user=ACCOUNT, extra=None, sub_resource="", name="w1"):
+def verdict(after, operation="UPDATE", user=ACCOUNT, extra=None, sub_resource="", name="w1", **given):
     """What the API server answers: "passed over" where the policy does not match, "allowed", or the message of the first rule that is not
     met."""
     celpy = pytest.importorskip("celpy", reason="cel-python is in the environment of the gate only")
 
     def evaluate(expression, **variables):
         environment = celpy.Environment()
-        values = {"object": after, "oldObject": before, "request": request, "variables": variables}
+        values = {"object": after, "oldObject": given.get("before", BEFORE), "request": request, "variables": variables}
         context = {key: celpy.json_to_cel(value) for key, value in values.items()}
         return environment.program(environment.compile(expression)).evaluate(context)
 
