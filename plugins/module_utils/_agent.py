@@ -66,6 +66,9 @@ REPORT_REST_LONGEST = 60.0
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)
 # Seconds that new peers have to answer. A silent one must not keep those waiting that came after it.
 PROVE_SECONDS = 3.0
+# Seconds that one side of a pair waits for the first handshake of the other, see `_probe.LATE_SECONDS`: agents hear of a node at the same
+# moment, and compute at most `_agent_plan.SETTLE_LONGEST` (0.2 s) later.
+LATE_SECONDS = 0.25
 # Seconds after the start for which peers without a proof are waited for before pods are started: after a reboot those are the ones that
 # joined since the last run. One that is down must not keep the node from its work.
 READY_SECONDS = 5.0
@@ -258,7 +261,7 @@ class Kernel:
         waiting = late(state)
         schedule = _probe.EchoSchedule([
             {"name": name, "address": addresses[name], "size": sizes[name], "late": name in waiting} for name in sorted(peers)
-        ], start, random.Random())  # noqa: S311 - spreads packets, protects nothing
+        ], start, random.Random(), LATE_SECONDS)  # noqa: S311 - spreads packets, protects nothing
         try:
             _probe.run_knock(own["probe_addresses"][generation], device["index"], schedule, deadline,
                              lambda: [addresses[name] for name in waiting - late(client.read(interface))])

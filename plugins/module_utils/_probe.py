@@ -144,9 +144,10 @@ class EchoSchedule:
     :param peers: list of {"name": str, "address": any hashable, "size": full size in bytes or None for small packets only, "late": bool}.
     :param start: time.
     :param generator: ``random.Random`` or alike: ``shuffle``, ``random``.
+    :param late_seconds: how long the late ones wait for the other side.
     """
 
-    def __init__(self, peers, start, generator):
+    def __init__(self, peers, start, generator, late_seconds=LATE_SECONDS):
         self.random = generator.random
         self.pacer = Pacer(start, RATE, BURST)
         self.peers = {}
@@ -160,7 +161,7 @@ class EchoSchedule:
                 "name": peer["name"], "full": peer["size"], "phase": "small", "tries": 0, "sequence": 0, "sent": {}, "rtt": None,
                 "size": 0, "error": None}
             self.open.add(peer["address"])
-            self.pacer.at(start + spread * position / len(order) + (LATE_SECONDS if peer["late"] else 0.0), peer["address"])
+            self.pacer.at(start + spread * position / len(order) + (late_seconds if peer["late"] else 0.0), peer["address"])
 
     def done(self):
         """True when nothing more is to be learned."""

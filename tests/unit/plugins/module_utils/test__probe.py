@@ -242,6 +242,10 @@ def test_who_is_late_waits_no_longer_than_the_other_needs():
     assert [address for address, dummy, dummy2 in schedule.due(0.6)] == [peers[0]["address"]]
     assert schedule.late == {peers[1]["address"]}
     assert peers[1]["address"] in [address for address, dummy, dummy2 in schedule.due(_probe.LATE_SECONDS + _probe.FIRST_SPREAD)]
+    # who knows when the other side begins need not wait so long
+    schedule = _probe.EchoSchedule(peers, 0.0, random.Random(1), 0.25)
+    assert peers[1]["address"] not in [address for address, dummy, dummy2 in schedule.due(0.2)]
+    assert peers[1]["address"] in [address for address, dummy, dummy2 in schedule.due(0.25 + _probe.FIRST_SPREAD)]
     assert schedule.late == set()
 
 
